@@ -1,0 +1,1 @@
+"""The vocabulary of the project: views, keeps, budgets, methods, plans, and the registry of names."""

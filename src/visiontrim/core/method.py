@@ -1,0 +1,135 @@
+"""Methods: frozen hyper-parameters plus one pure function from a view to what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.view import Keep, Signal, View
+
+Positions = Literal["keep", "compact"]
+"""Position ids of survivors: their own (gaps stay), or consecutive ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionOutput:
+    """Between the vision encoder and the projector."""
+
+    def __str__(self) -> str:
+        return "vision"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Just before decoder layer ``index`` of the language model, so after ``index`` layers, during prefill."""
+
+    index: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 1:
+            raise TrimError(f"layer={self.index!r}: a language stage stands before decoder layer 1 or a later one")
+
+    def __str__(self) -> str:
+        return f"layer {self.index}"
+
+
+Site = VisionOutput | DecoderLayer
+
+
+class Method(ABC):
+    """A way to compress. Concrete methods are frozen dataclasses, equal and hashable by their hyper-parameters."""
+
+    name: ClassVar[str]
+    """Name in the registry, on the command line and in recipes."""
+    summary: ClassVar[str]
+    """One line for tables."""
+    paper: ClassVar[str]
+    """Where it is published, or "control"."""
+    text_aware: ClassVar[bool] = False
+    """Whether the question can change what is kept."""
+    merges: ClassVar[bool] = False
+    """Whether kept tokens carry something of the dropped ones."""
+
+    @property
+    def positions(self) -> Positions:
+        """Position rule of the method; ``trim(positions=...)`` overrides it."""
+        return "keep"
+
+    @abstractmethod
+    def steps(self) -> tuple[Step, ...]:
+        """The single-site steps, in the order in which the model meets them."""
+
+    def __or__(self, other: Method) -> Plan:
+        return Plan((self, other))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and hyper-parameters; ``visiontrim.load_method`` turns it back into an equal object."""
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]  # concrete methods are dataclasses
+        return {"method": self.name} | {f.name: getattr(self, f.name) for f in fields}
+
+    def __str__(self) -> str:
+        given = (
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+            if f.name == "keep" or getattr(self, f.name) != f.default
+        )
+        options = ",".join(given)
+        return f"{self.name}:{options}" if options else self.name
+
+
+class Step(Method):
+    """A method that acts at one place. What is kept is a pure function of the view."""
+
+    @property
+    @abstractmethod
+    def site(self) -> Site: ...
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Signals that :meth:`select` reads; the engine computes no others."""
+        return frozenset()
+
+    @abstractmethod
+    def select(self, view: View) -> Keep: ...
+
+    def steps(self) -> tuple[Step, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Plan(Method):
+    """Several methods one after the other: ``Random(keep=128) | Random(keep=0.5, layer=2)``."""
+
+    methods: tuple[Method, ...]
+    name: ClassVar[str] = "plan"
+    summary: ClassVar[str] = "several methods one after the other"
+    paper: ClassVar[str] = "composition"
+
+    def __post_init__(self) -> None:
+        flat: list[Method] = []
+        for method in self.methods:
+            flat += method.methods if isinstance(method, Plan) else [method]
+        object.__setattr__(self, "methods", tuple(flat))
+        sites = [step.site for step in self.steps()]
+        depths = [site.index if isinstance(site, DecoderLayer) else 0 for site in sites]
+        if any(later <= earlier for earlier, later in zip(depths, depths[1:], strict=False)):
+            raise TrimError(
+                f"the stages of {self} stand at {', '.join(map(str, sites))}: order them from the vision encoder "
+                "to the last decoder layer, one method per place"
+            )
+
+    @property
+    def positions(self) -> Positions:
+        return "compact" if any(method.positions == "compact" for method in self.methods) else "keep"
+
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for method in self.methods for step in method.steps())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"plan": [method.to_dict() for method in self.methods]}
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.methods))

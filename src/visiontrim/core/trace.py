@@ -1,0 +1,64 @@
+"""The immutable record of a compressed prefill: which tokens of which image went where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from visiontrim.core.method import Site
+
+
+@dataclass(frozen=True, slots=True)
+class StageTrace:
+    """What one step left of one image, in terms of the uncompressed image. Tensors stay on the model's device."""
+
+    site: Site
+    index: Int[Tensor, "kept"]
+    """Raster index, on the image's grid, of the token that each survivor stands for."""
+    assignment: Int[Tensor, "total"]
+    """For every token of the image the survivor (position in ``index``) that carries it, -1 where it is gone."""
+    complement: Bool[Tensor, "kept"]
+    """Survivors that stand for a cluster of merged tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTrace:
+    """One image (tile, video) of the prompt and what every stage left of it."""
+
+    sample: int
+    """Row of the batch, before any expansion by beams."""
+    grid: tuple[int, int, int]
+    """(frames, rows, columns) of the uncompressed tokens."""
+    stages: tuple[StageTrace, ...]
+    per_layer: tuple[int, ...]
+    """Vision tokens of this image that each decoder layer processes."""
+
+    @property
+    def total(self) -> int:
+        """Vision tokens before compression."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+    @property
+    def entered(self) -> int:
+        """Vision tokens that entered the language model."""
+        return self.per_layer[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One prefill."""
+
+    images: tuple[ImageTrace, ...]
+    batch: int
+    """Rows of the prefill, beams included."""
+    prompt: tuple[int, ...]
+    """Tokens of the uncompressed prompt of every row, padding left out."""
+    cache_lengths: tuple[int, ...]
+    """Length of every decoder layer's key-value cache after the prefill, read from the cache; () without a cache."""
+    cache_bytes: int
+    """Bytes of keys and values after the prefill, read from the cache."""
+    cache_token_bytes: int
+    """Bytes that one token takes in the cache of one layer of one row; 0 without a cache."""

@@ -54,11 +54,15 @@ class Trace:
     images: tuple[ImageTrace, ...]
     batch: int
     """Rows of the prefill, beams included."""
-    prompt: tuple[int, ...]
-    """Tokens of the uncompressed prompt of every row, padding left out."""
+    copies: int
+    """Rows per sample: beams or returned sequences."""
+    length: int
+    """Tokens of the uncompressed chunk in every row, padding included."""
+    past: int
+    """Tokens of the conversation, uncompressed, that the cache held before."""
+    widths: tuple[int, ...]
+    """Tokens of every row that each decoder layer processed, padding included."""
     cache_lengths: tuple[int, ...]
-    """Length of every decoder layer's key-value cache after the prefill, read from the cache; () without a cache."""
+    """Tokens that each decoder layer's key-value cache holds after the prefill, read from it; () without a cache."""
     cache_bytes: int
-    """Bytes of keys and values after the prefill, read from the cache."""
-    cache_token_bytes: int
-    """Bytes that one token takes in the cache of one layer of one row; 0 without a cache."""
+    """Bytes of all keys and values after the prefill, read from the cache."""

@@ -42,7 +42,8 @@ class View:
     num_layers: int
     """Decoder layers of the language model."""
     cls_attention: Float[Tensor, "batch tokens"] | None = None
-    """Attention of [CLS] to each patch, mean over heads, after the softmax over [CLS] and all patches."""
+    """Attention of [CLS] to each patch, mean over heads, after the softmax over [CLS] and all patches. An encoder
+    without [CLS] gives ``received_attention`` to a step that asks for this."""
     received_attention: Float[Tensor, "batch tokens"] | None = None
     """Mean attention that each patch receives from the *other* patches, mean over heads."""
     joint: Float[Tensor, "batch tokens joint"] | None = None

@@ -1,0 +1,162 @@
+"""Key-value caches that hold fewer tokens than the conversation has.
+
+generate() and every model count *logical* tokens: those of the uncompressed conversation. A :class:`TrimmedLayer`
+holds fewer, and tells the two users of a cache layer apart: ``get_seq_length`` is logical, so continuation, positions
+and further turns stay right, while ``get_mask_sizes`` says that the keys start ``removed`` tokens late, the way a
+sliding window does. Every attention backend of transformers already knows how to mask that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from visiontrim.core.errors import TrimError
+
+
+class TrimmedLayer(DynamicLayer):
+    """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.removed: int = 0
+        """Logical length minus physical length."""
+        self.trimmed_to: int = 0
+        """Logical length when tokens were last removed; columns before it differ from those of the logical mask."""
+        self.key_mask: Bool[Tensor, "batch trimmed_to"] | None = None
+        """Valid keys up to ``trimmed_to``, the first ``removed`` columns being meaningless; None: all are valid."""
+        self.shift: Int[Tensor, "batch"] | None = None
+        """What to subtract from logical position ids (``positions="compact"``)."""
+
+    @classmethod
+    def take_over(cls, layer: DynamicLayer) -> TrimmedLayer:
+        """A trimmed layer with the keys and values that ``layer`` holds."""
+        new = cls()
+        if layer.is_initialized:
+            new.lazy_initialization(layer.keys, layer.values)
+            new.keys, new.values = layer.keys, layer.values
+        return new
+
+    def note_removal(
+        self,
+        removed: int,
+        prompt_end: int,
+        mask: Bool[Tensor, "batch keys"] | None,
+        shift: Int[Tensor, "batch"] | None,
+    ) -> None:
+        """Record that ``removed`` tokens of the chunk just cached are missing.
+
+        None is missing after the logical position ``prompt_end``, where guesses of assisted decoding may stand. ``mask``
+        is the one the chunk was attended with, so it starts with the columns removed before.
+        """
+        self.removed += removed
+        self.trimmed_to = prompt_end
+        self.key_mask = None if mask is None else F.pad(mask, (removed, 0))[:, :prompt_end]
+        self.shift = shift
+
+    def logical_mask(self, mask: Tensor | None, length: int) -> Bool[Tensor, "batch length"] | None:
+        """Key mask in logical columns for a forward that ends at logical ``length``; None when all keys are valid.
+
+        ``mask`` is the one [batch, length] that generate() keeps, or None when the uncompressed batch has no padding.
+        """
+        old = self.key_mask
+        if mask is None:
+            return None if old is None else F.pad(old, (0, length - self.trimmed_to), value=True)
+        if old is None:
+            old = mask.new_ones(mask.shape[0], self.trimmed_to, dtype=torch.bool)
+        return torch.cat([old, mask[:, self.trimmed_to :].bool()], dim=1)
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + self.removed
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return super().get_seq_length() + query_length, self.removed
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if -tokens_to_remove > self.get_seq_length() - self.trimmed_to:
+            raise TrimError(
+                f"cannot crop {-tokens_to_remove} tokens: only the {self.get_seq_length() - self.trimmed_to} tokens "
+                "after the compressed prompt can be taken back; start a new cache instead"
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.removed = self.trimmed_to = 0
+        self.key_mask = self.shift = None
+
+    def reorder_cache(self, beam_idx: Int[Tensor, "batch"]) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.key_mask = None if self.key_mask is None else function(self.key_mask)
+        self.shift = None if self.shift is None else function(self.shift)
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Raise :class:`TrimError` unless every layer of ``cache`` can hold its own number of tokens."""
+    for index, layer in enumerate(cache.layers if cache is not None else ()):
+        if type(layer) not in (DynamicLayer, TrimmedLayer):
+            raise TrimError(
+                f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
+                "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"
+            )
+
+
+def trimmed_layer(cache: Cache, index: int) -> TrimmedLayer | None:
+    """Layer ``index`` of ``cache`` if tokens were removed from it."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    return layer if isinstance(layer, TrimmedLayer) else None
+
+
+def chunk_mask(
+    cache: Cache | None, index: int, past_mask: Tensor | None, past: int, valid: Bool[Tensor, "batch left"]
+) -> Bool[Tensor, "batch keys"]:
+    """Key mask of layer ``index`` for a chunk of which only some tokens are left.
+
+    ``past_mask`` is the logical mask [batch, past] of what came before (None: no padding), ``valid`` says which of the
+    tokens left are no padding.
+    """
+    layer = trimmed_layer(cache, index) if cache is not None else None
+    if layer is not None:
+        past_mask = layer.logical_mask(past_mask, past)
+    if past_mask is None:
+        past_mask = valid.new_ones(valid.shape[0], past)
+    return torch.cat([past_mask.bool(), valid], dim=1)
+
+
+def make_trimmed(cache: Cache, index: int) -> TrimmedLayer:
+    """Make layer ``index`` of ``cache`` one that can lack tokens, with what it holds, and return it."""
+    while len(cache.layers) <= index:  # a cache built without a config grows layer by layer
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[index]
+    if not isinstance(layer, TrimmedLayer):
+        layer = cache.layers[index] = TrimmedLayer.take_over(layer)
+    return layer
+
+
+def physical_length(cache: Cache, index: int) -> int:
+    """Tokens that layer ``index`` really holds."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if layer is None or not layer.is_initialized:
+        return 0
+    return layer.keys.shape[-2]
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values in ``cache``."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)

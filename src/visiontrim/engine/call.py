@@ -1,0 +1,240 @@
+"""State of one call of the model: created by generate() or a bare forward, thrown away at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import DecoderLayer, Site, VisionOutput
+from visiontrim.core.trace import ImageTrace, StageTrace
+from visiontrim.core.view import Keep
+from visiontrim.engine.pack import gather, pack_left
+
+
+class Survivors(NamedTuple):
+    """Which tokens of a group's images are left, in terms of the uncompressed images."""
+
+    index: Int[Tensor, "images kept"]
+    """Raster index of the token that each survivor stands for."""
+    assignment: Int[Tensor, "images total"]
+    """Survivor that carries each token, -1 where it is gone."""
+    complement: Bool[Tensor, "images kept"]
+    """Survivors that stand for a cluster."""
+
+    def after(self, keep: Keep) -> Survivors:
+        """The survivors once ``keep``, answered for the current ones, is applied."""
+        batch, kept = keep.index.shape
+        if keep.assignment is None:
+            went_to = self.index.new_full(self.index.shape, -1)
+            went_to.scatter_(1, keep.index, torch.arange(kept, device=keep.index.device).expand(batch, kept))
+        else:
+            went_to = keep.assignment
+        complement = self.complement.gather(1, keep.index)
+        return Survivors(
+            self.index.gather(1, keep.index),
+            torch.where(self.assignment >= 0, went_to.gather(1, self.assignment.clamp_min(0)), -1),
+            complement if keep.complement is None else complement | keep.complement,
+        )
+
+    def pick(self, images: Int[Tensor, "picked"]) -> Survivors:
+        return Survivors(*(values[images] for values in self))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The images of a call that have the same grid and the same number of surviving tokens, stacked."""
+
+    rows: tuple[int, ...]
+    """Row of the batch that each image belongs to."""
+    grid: tuple[int, int, int]
+    now: Survivors
+    history: tuple[tuple[Site, Survivors], ...] = ()
+    """What each step so far left, in order."""
+
+    @classmethod
+    def uncompressed(cls, rows: tuple[int, ...], grid: tuple[int, int, int], device: torch.device) -> Group:
+        total = grid[0] * grid[1] * grid[2]
+        index = torch.arange(total, device=device).expand(len(rows), total)
+        return cls(rows, grid, Survivors(index, index, torch.zeros_like(index, dtype=torch.bool)))
+
+    @property
+    def total(self) -> int:
+        return self.now.assignment.shape[1]
+
+    @property
+    def kept(self) -> int:
+        return self.now.index.shape[1]
+
+    @property
+    def coordinates(self) -> Int[Tensor, "images kept 3"]:
+        """(frame, row, column) of each survivor."""
+        _, rows, columns = self.grid
+        index = self.now.index
+        return torch.stack([index // (rows * columns), index // columns % rows, index % columns], -1)
+
+    def after(self, keep: Keep, site: Site) -> Group:
+        """The group once ``keep``, answered for its current tokens, is applied at ``site``."""
+        now = self.now.after(keep)
+        return replace(self, now=now, history=(*self.history, (site, now)))
+
+    @property
+    def entered(self) -> int:
+        """Tokens of each image that entered the language model."""
+        before = [past.index.shape[1] for site, past in self.history if isinstance(site, VisionOutput)]
+        return before[-1] if before else self.total
+
+    def per_layer(self, num_layers: int) -> tuple[int, ...]:
+        """Tokens of each image that every decoder layer processes."""
+        counts = [self.entered] * num_layers
+        for site, past in self.history:
+            if isinstance(site, DecoderLayer):
+                counts[site.index :] = [past.index.shape[1]] * (num_layers - site.index)
+        return tuple(counts)
+
+    def select(self, images: list[int], rows: tuple[int, ...]) -> Group:
+        """The given images, in that order, as if they belonged to ``rows``."""
+        picked = torch.tensor(images, device=self.now.index.device)
+        history = tuple((site, past.pick(picked)) for site, past in self.history)
+        return Group(rows, self.grid, self.now.pick(picked), history)
+
+    def trace(self, image: int, sample: int, num_layers: int) -> ImageTrace:
+        """The record of one image."""
+        stages = tuple(StageTrace(site, *(values[image] for values in past)) for site, past in self.history)
+        return ImageTrace(sample, self.grid, stages, self.per_layer(num_layers))
+
+
+@dataclass
+class Encoding:
+    """One pass of the encoder and the projector."""
+
+    grid: tuple[int, int, int]
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    """Attention signals of :class:`~visiontrim.core.view.View`, by name."""
+    last_hidden: Tensor | None = None
+    slots: Tensor | None = None
+    """Slots that the projected features go to; None leaves them as they are."""
+
+
+@dataclass
+class Call:
+    """What one generate() or one bare forward has shown so far."""
+
+    owner: object
+    """Who began the call and so ends it."""
+    input_ids: Int[Tensor, "batch tokens"] | None = None
+    """The ids that the images were encoded for, which generate() may expand afterwards."""
+    forward_ids: Int[Tensor, "rows tokens"] | None = None
+    """Input ids of the forward in progress, expanded rows included."""
+    prompt_end: int | None = None
+    """Logical length of the conversation's prompt; None: the whole of the forward's input is prompt."""
+    labels: Int[Tensor, "batch tokens"] | None = None
+    """A copy of the caller's labels, which the loss reads: removed positions are ignored in it."""
+    carries_vision: bool = False
+    """Whether the forward in progress consumes image features."""
+    encoding: Encoding | None = None
+    """Set between the start of the encoder and the end of the projector."""
+    groups: list[Group] = field(default_factory=list)
+    """The images that were encoded, in order; those of the next forward that carries vision."""
+
+    @staticmethod
+    def rows_of_images(placeholders: Bool[Tensor, "batch tokens"], sizes: list[int]) -> tuple[int, ...]:
+        """Row of the batch of every image, from the placeholders of each row and the vision tokens of each image.
+
+        Raises :class:`TrimError` if images and placeholders do not fit.
+        """
+        counts = placeholders.sum(-1).tolist()
+        rows: list[int] = []
+        image = 0
+        for row, count in enumerate(counts):
+            while count > 0 and image < len(sizes):
+                count -= sizes[image]
+                rows.append(row)
+                image += 1
+            if count:
+                break
+        if len(rows) != len(sizes) or sum(counts) != sum(sizes):
+            raise TrimError(
+                f"the prompt has {sum(counts)} image placeholders ({', '.join(map(str, counts))} by row) but the "
+                f"{len(sizes)} images give {sum(sizes)} vision tokens: build prompt and images with one call of the "
+                "model's processor"
+            )
+        return tuple(rows)
+
+
+@dataclass
+class Alive:
+    """The tokens of a forward that are still there, as a left-padded batch."""
+
+    origin: Int[Tensor, "batch tokens"]
+    """Place of each token in the uncompressed chunk."""
+    valid: Bool[Tensor, "batch tokens"]
+    """False marks padding."""
+    columns: list[Int[Tensor, "images kept"]]
+    """For every group the places, in this batch, of its images' tokens."""
+
+    def narrowed(
+        self, keep: Bool[Tensor, "batch tokens"], columns: list[Int[Tensor, "images kept"]], rows: list[Tensor]
+    ) -> tuple[Int[Tensor, "batch kept"], Alive]:
+        """Drop what ``keep`` does not say; ``columns`` are the old places of the surviving image tokens."""
+        keep = keep & self.valid
+        index, valid = pack_left(keep)
+        place = keep.cumsum(1) - 1 + (index.shape[1] - keep.sum(1, keepdim=True))
+        moved = [place[row[:, None], column] for row, column in zip(rows, columns, strict=True)]
+        return index, Alive(gather(self.origin, index), valid, moved)
+
+
+@dataclass
+class Removal:
+    """From decoder layer ``start`` on, only ``alive`` is left of the chunk."""
+
+    start: int
+    alive: Alive
+
+
+@dataclass
+class Forward:
+    """One pass through the language model."""
+
+    cache: Cache | None
+    mask: Tensor | None
+    """The logical key mask [batch, past + length] that the caller gave; None: no padding."""
+    length: int
+    """Tokens of the uncompressed chunk."""
+    past: int
+    """Logical tokens in the cache before."""
+    positions: Tensor
+    """Logical position ids of the chunk, [batch or 1, length] or [channels, batch, length]."""
+    call: Call | None = None
+    """Set when this pass prunes."""
+    alive: Alive | None = None
+    """What is left of the chunk; None in a pass that does not prune."""
+    groups: list[Group] = field(default_factory=list)
+    """The images of all rows, beams included."""
+    rows: list[Int[Tensor, "images"]] = field(default_factory=list)
+    """For every group the batch rows of its images."""
+    removals: list[Removal] = field(default_factory=list)
+    overrides: dict[str, object] = field(default_factory=dict)
+    """What decoder layers get from here on instead of the model's own keyword arguments."""
+
+    @property
+    def prompt_end(self) -> int:
+        """Logical end of the prompt; what follows in the chunk are guesses of assisted decoding."""
+        end = self.past + self.length
+        return end if self.call is None or self.call.prompt_end is None else min(end, self.call.prompt_end)
+
+    @property
+    def past_mask(self) -> Tensor | None:
+        return None if self.mask is None else self.mask[:, : self.past]
+
+    @property
+    def chunk_valid(self) -> Bool[Tensor, "batch length"]:
+        """Which tokens of the uncompressed chunk are no padding."""
+        if self.mask is not None:
+            return self.mask[:, -self.length :].bool()
+        return torch.ones_like(self.alive.origin[:, :1], dtype=torch.bool).expand(-1, self.length)

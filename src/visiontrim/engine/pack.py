@@ -1,0 +1,68 @@
+"""Slots and packing: how removed tokens are marked, squeezed out, and put back."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_SIGNATURE = (float("inf"), float("-inf"), float("inf"), float("-inf"))
+"""First entries of an empty slot's features. Infinities survive every cast, copy and beam expansion, no projector
+gives this pattern, and a genuine NaN is not taken for it."""
+
+
+def to_slots(
+    features: Float[Tensor, "batch kept dim"], slots: Int[Tensor, "batch kept"], total: int
+) -> Float[Tensor, "batch total dim"]:
+    """Put ``features`` into their ``slots`` among ``total``; all other slots are marked as empty."""
+    batch, _, dim = features.shape
+    empty = features.new_zeros(dim)
+    empty[: len(_SIGNATURE)] = features.new_tensor(_SIGNATURE)
+    full = empty.expand(batch, total, dim).clone()
+    return full.scatter_(1, slots[..., None].expand_as(features), features)
+
+
+def is_empty_slot(features: Float[Tensor, "*shape dim"]) -> Bool[Tensor, "*shape"]:
+    """Where :func:`to_slots` left an empty slot."""
+    return (features[..., : len(_SIGNATURE)] == features.new_tensor(_SIGNATURE)).all(-1)
+
+
+def gather(values: Tensor, index: Int[Tensor, "batch kept"]) -> Tensor:
+    """``values[b, index[b, j]]`` for values of shape [batch or 1, tokens, ...]."""
+    index = index.to(values.device)
+    values = values.expand(index.shape[0], *values.shape[1:])
+    tail = values.shape[2:]
+    return values.gather(1, index.view(*index.shape, *(1,) * len(tail)).expand(*index.shape, *tail))
+
+
+def pack_left(
+    keep: Bool[Tensor, "batch tokens"],
+) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
+    """Indices of the kept tokens in order, rows with fewer of them padded at the left (with index 0).
+
+    Also says which indices are not padding.
+    """
+    tokens = keep.shape[1]
+    width = int(keep.sum(-1).max())
+    position = torch.arange(tokens, device=keep.device).expand_as(keep)
+    order = torch.where(keep, position, position - tokens).sort(dim=-1).values[:, tokens - width :]
+    return order.clamp_min(0), order >= 0
+
+
+def unpack(
+    values: Float[Tensor, "batch kept dim"],
+    index: Int[Tensor, "batch kept"],
+    valid: Bool[Tensor, "batch kept"],
+    tokens: int,
+) -> Float[Tensor, "batch tokens dim"]:
+    """Undo :func:`pack_left`: a removed token gets the values of the last kept token before it.
+
+    So the token after a removed one is predicted by what precedes it in the packed sequence, and losses and logits
+    of the surviving tokens are those of the packed sequence. Rows with no kept token before get zeros.
+    """
+    # padding points at token 0: adding its zeros cannot hide a kept token 0
+    kept = torch.zeros(index.shape[0], tokens, dtype=torch.long, device=index.device).scatter_add_(1, index, valid.long())
+    rank = kept.cumsum(1)
+    padding = (~valid).sum(1, keepdim=True)
+    full = gather(values, (rank - 1 + padding).clamp_min(0))
+    return full.masked_fill_((rank == 0)[..., None], 0.0)

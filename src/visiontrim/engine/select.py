@@ -1,0 +1,114 @@
+"""Images in a forward of the language model: where their tokens are, and what a step between layers sees of them."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import Step
+from visiontrim.core.view import Text, View
+from visiontrim.engine.call import Forward, Group
+
+
+def place_groups(forward: Forward, image: Bool[Tensor, "batch length"]) -> None:
+    """Find the tokens of every image of the call in the chunk, whose placeholders are ``image``.
+
+    When generate() has expanded the batch (beams, several sequences), each row gets its own copy of the groups.
+    Raises :class:`TrimError` if placeholders and images do not fit.
+    """
+    call = forward.call
+    copies = image.shape[0] // call.input_ids.shape[0]
+    forward.groups = [_expanded(group, copies) for group in call.groups]
+    forward.rows = [torch.tensor(group.rows, device=image.device) for group in forward.groups]
+    owners = sorted((row, n, i) for n, group in enumerate(forward.groups) for i, row in enumerate(group.rows))
+    expected = sum(group.total * len(group.rows) for group in forward.groups)
+    places = image.nonzero()[:, 1]
+    if not expected or len(places) != expected:
+        raise TrimError(
+            f"this forward holds {len(places)} image placeholders but {expected} vision tokens were encoded in this "
+            "run: pass pixel_values, and the whole prompt in one forward"
+        )
+    parts = torch.split(places, [forward.groups[n].total for _, n, _ in owners])
+    columns: list[list[Tensor]] = [[] for _ in forward.groups]
+    for part, (_, n, _) in zip(parts, owners, strict=True):
+        columns[n].append(part)
+    forward.alive.columns = [torch.stack(column) for column in columns]
+
+
+def _expanded(group: Group, copies: int) -> Group:
+    if copies == 1:
+        return group
+    rows, images = zip(
+        *(
+            (row * copies + copy, image)
+            for row in sorted(set(group.rows))
+            for copy in range(copies)
+            for image, owner in enumerate(group.rows)
+            if owner == row
+        ),
+        strict=True,
+    )
+    return group.select(list(images), rows)
+
+
+def select_between_layers(
+    forward: Forward, step: Step, hidden: Float[Tensor, "batch tokens dim"], num_layers: int
+) -> tuple[Tensor, Bool[Tensor, "batch tokens"], list[Int[Tensor, "images kept"]] | None]:
+    """Let ``step`` select among the vision tokens that are left.
+
+    Returns the hidden states (with merged ones written in), which of their tokens stay, and for every group the places
+    of its surviving tokens; None in place of the latter if all stay.
+    """
+    alive = forward.alive
+    keep = torch.ones_like(alive.valid)
+    image = torch.zeros_like(keep)
+    for rows, column in zip(forward.rows, alive.columns, strict=True):
+        image[rows[:, None], column] = True
+    asked = alive.valid & (alive.origin < forward.prompt_end - forward.past)
+    width = torch.arange(1, keep.shape[1] + 1, device=keep.device)
+    last = (asked * width).argmax(1)
+
+    columns, groups, merged = [], [], hidden
+    for group, rows, column in zip(forward.groups, forward.rows, alive.columns, strict=True):
+        text = None
+        if "text" in step.needs:
+            text = _text_after(hidden, rows, column, asked & ~image, last)
+        view = View(
+            features=hidden[rows[:, None], column],
+            coordinates=group.coordinates,
+            grid=group.grid,
+            entered=group.entered,
+            num_layers=num_layers,
+            text=text,
+            query=hidden[rows, last[rows]] if "query" in step.needs else None,
+        )
+        kept = step.select(view)
+        stays = column.gather(1, kept.index.sort(-1).values)
+        if kept.features is not None:
+            merged = merged.clone() if merged is hidden else merged
+            merged[rows[:, None], stays] = kept.features.to(hidden.dtype)
+        keep[rows[:, None], column] = False
+        keep[rows[:, None], stays] = True
+        columns.append(stays)
+        groups.append(group.after(kept, step.site))
+    unchanged = all(new.kept == old.kept for new, old in zip(groups, forward.groups, strict=True))
+    forward.groups = groups
+    return merged, keep, None if unchanged else columns
+
+
+def _text_after(
+    hidden: Float[Tensor, "batch tokens dim"],
+    rows: Int[Tensor, "images"],
+    column: Int[Tensor, "images kept"],
+    is_text: Bool[Tensor, "batch tokens"],
+    last: Int[Tensor, "batch"],
+) -> Text:
+    """Hidden states of the text after each image; of the last prompt position, if the prompt ends with the image."""
+    ends = column[:, -1]
+    start = int(ends.min())
+    places = torch.arange(start, hidden.shape[1], device=hidden.device)
+    mask = is_text[rows, start:] & (places > ends[:, None])
+    mask |= places == last[rows, None]
+    return Text(hidden[rows, start:], mask, scale=1.0)

@@ -1,0 +1,177 @@
+"""Everything that is attached to a model while a run is open, and the state of the calls that pass through it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import DecoderLayer, Method, Positions, Step, VisionOutput
+from visiontrim.core.trace import Trace
+from visiontrim.engine.call import Call, Forward
+from visiontrim.engine.guidance import Questions
+from visiontrim.engine.language import LanguageStage
+from visiontrim.engine.vision import VisionStage
+from visiontrim.models.family import Family
+
+Clock = Callable[[str], AbstractContextManager]
+"""Gives a context that times what runs in it under a name."""
+
+
+class Session:
+    """Attaches a method to a model. State of a call lives in context variables, so threads do not mix.
+
+    Args:
+        family: facts about the model.
+        method: what to do.
+        positions: position ids of survivors.
+        questions: for guidance by text.
+        finish: called with the trace of every prefill that held images.
+        clock: times the method's own work under the name "method".
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        method: Method,
+        positions: Positions,
+        questions: Questions,
+        finish: Callable[[Trace], None],
+        clock: Clock | None = None,
+    ) -> None:
+        self._family = family
+        self._questions = questions
+        self.finish = finish
+        self.clock: Clock = clock if clock is not None else lambda name: nullcontext()
+        self._call: ContextVar[Call | None] = ContextVar("visiontrim_call", default=None)
+        self._forward: ContextVar[Forward | None] = ContextVar("visiontrim_forward", default=None)
+        vision, language = _by_site(method, len(family.language_model.layers))
+        _check_layers(family)
+        self._stages = (
+            VisionStage(family, vision, questions, self),
+            LanguageStage(family, language, positions, self),
+        )
+        self._removers: list = []
+
+    @property
+    def call(self) -> Call | None:
+        """The call in progress in this thread."""
+        return self._call.get()
+
+    @property
+    def forward(self) -> Forward | None:
+        """The pass through the language model in progress in this thread."""
+        return self._forward.get()
+
+    @forward.setter
+    def forward(self, forward: Forward | None) -> None:
+        self._forward.set(forward)
+
+    def attach(self) -> None:
+        """Install every hook. The model's weights, classes and configuration objects stay as they are."""
+        model, core = self._family.model, self._family.core
+        generate = model.generate
+        try:
+            for module in (model, core):
+                self._removers.append(module.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
+                self._removers.append(module.register_forward_hook(self._end_forward, always_call=True))
+            for stage in self._stages:
+                self._removers += stage.attach()
+            model.generate = functools.wraps(generate)(functools.partial(self._generate, generate))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take everything off again."""
+        self._family.model.__dict__.pop("generate", None)
+        while self._removers:
+            self._removers.pop().remove()
+
+    def _generate(self, generate: Callable, *args, **kwargs):
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if ids is None:
+            raise TrimError("generate() got no input_ids, in which image placeholders are found: pass input_ids")
+        config = kwargs.get("generation_config") or self._family.model.generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk is not None:
+            raise TrimError(
+                f"prefill_chunk_size={chunk} shows the method one part of the prompt at a time: use None (removing "
+                "vision tokens shortens the prefill already)"
+            )
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        past = cache.get_seq_length() if cache is not None else 0
+        end = ids.shape[1] if mask is None else mask.shape[1]
+        if past and end == ids.shape[1]:  # the whole conversation: generate() goes on after what is cached
+            ids = ids[:, past:]
+        pictures = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        if not pictures and bool(self._family.placeholders(ids).any()):
+            raise TrimError(
+                f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
+                "pass all of the processor's output to generate()"
+            )
+        token = self._call.set(Call(owner=None, input_ids=ids, prompt_end=end))
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self._call.reset(token)
+
+    def _begin_forward(self, module, args, kwargs):
+        call = self.call
+        if call is None:
+            call = Call(owner=module)
+            self._call.set(call)
+        if kwargs.get("labels") is not None:
+            call.labels = kwargs["labels"].clone()
+            kwargs["labels"] = call.labels
+        if module is not self._family.core:
+            return args, kwargs
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        pixels = kwargs.get("pixel_values") is not None
+        encoded = any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
+        call.carries_vision = pixels or encoded
+        if not call.carries_vision:
+            return None
+        if ids is None:
+            raise TrimError(
+                "the prompt came as inputs_embeds alone, in which image placeholders cannot be found: pass input_ids"
+            )
+        call.forward_ids = ids
+        if pixels or call.input_ids is None:  # the encoder runs within this forward, on its rows
+            call.input_ids = ids
+            call.groups.clear()
+        return None
+
+    def _end_forward(self, module, args, output) -> None:
+        call = self.call
+        if call is not None and call.owner is module:
+            self._call.set(None)
+
+
+def _by_site(method: Method, num_layers: int) -> tuple[Step | None, dict[int, Step]]:
+    """The step at the vision output, and those between decoder layers."""
+    vision, language = None, {}
+    for step in method.steps():
+        match step.site:
+            case VisionOutput():
+                vision = step
+            case DecoderLayer(index):
+                if index >= num_layers:
+                    raise TrimError(f"{method} acts before decoder layer {index}, but the model has {num_layers} layers")
+                language[index] = step
+    return vision, language
+
+
+def _check_layers(family: Family) -> None:
+    """Refuse decoders whose layers cannot each hold their own number of tokens."""
+    for index, layer in enumerate(DynamicCache(config=family.language_model.config).layers):
+        if type(layer) is not DynamicLayer:
+            raise TrimError(
+                f"decoder layer {index} caches in a {type(layer).__name__}: only full-attention decoders are supported "
+                "(no sliding windows, linear attention or shared keys and values)"
+            )

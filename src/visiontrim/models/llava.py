@@ -1,0 +1,70 @@
+"""LLaVA-1.5: a CLIP encoder with [CLS], a projector, and the patches of one layer as vision tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from visiontrim.core.errors import TrimError
+from visiontrim.models.family import Family, register_family
+
+
+@register_family
+class Llava(Family):
+    model_types = ("llava",)
+    special_tokens = 1
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        config = model.config
+        tower = config.vision_config.model_type
+        if tower != "clip_vision_model":
+            raise TrimError(f"LLaVA with a {tower} encoder is not supported: use one with a clip_vision_model")
+        if config.vision_feature_select_strategy != "default":
+            raise TrimError(
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} makes [CLS] a vision token, "
+                "which has no place on the grid: use 'default'"
+            )
+        if not isinstance(config.vision_feature_layer, int):
+            raise TrimError(
+                f"vision_feature_layer={config.vision_feature_layer} concatenates layers, and it is open which one's "
+                "attention should rank their tokens: use a single layer"
+            )
+
+    @property
+    def core(self) -> nn.Module:
+        return self.model.model
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.core.vision_tower
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.core.multi_modal_projector
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.core.language_model
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        return (self.model.config.image_token_id,)
+
+    @property
+    def vision_width(self) -> int:
+        return self.model.config.vision_config.hidden_size
+
+    @property
+    def scored_attention(self) -> nn.Module:
+        layers = self.vision_tower.encoder.layers
+        # hidden_states[0] are the embeddings, so state i is the output of layer i - 1
+        state = self.model.config.vision_feature_layer % (len(layers) + 1)
+        return layers[max(state - 1, 0)].self_attn
+
+    def grid(self, pixel_values: Tensor) -> tuple[int, int, int]:
+        patch = self.model.config.vision_config.patch_size
+        return 1, pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+
+    def normalised_last_hidden(self, last_hidden_state: Tensor) -> Tensor:
+        return self.vision_tower.post_layernorm(last_hidden_state[:, self.special_tokens :])

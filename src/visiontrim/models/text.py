@@ -1,0 +1,141 @@
+"""Where the question's token features come from: a text tower, or the language model's own embeddings."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.view import Text
+from visiontrim.models.family import Family
+
+MAX_WINDOWS = 16
+"""Longest question, in windows of the text tower; the cost of guidance grows with every text token."""
+
+
+class Guidance(ABC):
+    """Questions and vision tokens in one space."""
+
+    @abstractmethod
+    def encode(self, questions: Sequence[str]) -> Text:
+        """Token features of every question, padded to the longest."""
+
+    @abstractmethod
+    def embed(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images tokens joint"]:
+        """Patch features in the space of :meth:`encode`."""
+
+
+class TextTower(Guidance):
+    """The text half of a CLIP model and the two projections into its joint space.
+
+    Args:
+        model: the CLIP model that the vision encoder of the VLM was taken from. Only its text tower and projections
+            are used, in the model's own dtype and on its own device.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not all(hasattr(model, part) for part in ("text_model", "text_projection", "visual_projection")):
+            raise TrimError(
+                f"a {type(model).__name__} is no text tower: give a CLIPModel (with text_model, text_projection and "
+                "visual_projection), its name, or its directory"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context: int = model.config.text_config.max_position_embeddings
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs) -> TextTower:
+        """Load a CLIP checkpoint by hub name or directory, for instance ``openai/clip-vit-large-patch14-336``."""
+        return cls(CLIPModel.from_pretrained(name, **kwargs).eval(), AutoTokenizer.from_pretrained(name))
+
+    def check_fits(self, family: Family) -> None:
+        """Raise :class:`TrimError` if the joint space cannot be the one of the VLM's vision encoder."""
+        width = self.model.visual_projection.in_features
+        if width != family.vision_width:
+            raise TrimError(
+                f"the text tower's visual projection takes features of width {width}, but the vision encoder gives "
+                f"{family.vision_width}: use the CLIP checkpoint that the encoder was taken from"
+            )
+
+    @torch.no_grad()
+    def encode(self, questions: Sequence[str]) -> Text:
+        """See :meth:`Guidance.encode`. A question longer than the tower's context is encoded in windows, none is cut.
+
+        Every token of a window counts, the special ones included, as in the released code of VisionTrim.
+        """
+        rows = [self._windows(question) for question in questions]
+        device = self.model.text_projection.weight.device
+        encoded = []
+        for windows in rows:
+            states = [
+                self.model.text_model(input_ids=torch.tensor([window], device=device)).last_hidden_state[0]
+                for window in windows
+            ]
+            encoded.append(self.model.text_projection(torch.cat(states)))
+        return _padded(encoded, scale=float(self.model.logit_scale.detach().exp()))
+
+    def _windows(self, question: str) -> list[list[int]]:
+        ids = self.tokenizer(question)["input_ids"]
+        if len(ids) <= self.context:
+            return [ids]
+        content = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+        first = ids.index(content[0])
+        start, end = ids[:first], ids[first + len(content) :]
+        room = self.context - len(start) - len(end)
+        windows = [start + content[i : i + room] + end for i in range(0, len(content), room)]
+        if len(windows) > MAX_WINDOWS:
+            raise TrimError(
+                f"the question has {len(content)} tokens, over {MAX_WINDOWS} windows of the text tower's "
+                f"{self.context}: shorten it, or use guidance=none"
+            )
+        return windows
+
+    @torch.no_grad()
+    def embed(self, features: Tensor) -> Tensor:
+        projection = self.model.visual_projection
+        return projection(features.to(projection.weight.device, projection.weight.dtype)).to(features.device)
+
+
+class EmbeddingGuidance(Guidance):
+    """The language model's own input embeddings of the question, against the projected vision tokens."""
+
+    scale = 100.0
+    """Factor of the cosine. No temperature was trained for this space; 100 is where CLIP's training ends."""
+
+    def __init__(self, family: Family, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._family = family
+        self._tokenizer = tokenizer
+
+    @torch.no_grad()
+    def encode(self, questions: Sequence[str]) -> Text:
+        embedding = self._family.language_model.embed_tokens
+        limit = self._family.language_model.config.max_position_embeddings
+        encoded = []
+        for question in questions:
+            ids = self._tokenizer(question, add_special_tokens=False)["input_ids"]
+            if len(ids) > limit:
+                raise TrimError(f"the question has {len(ids)} tokens, more than the model's {limit} positions")
+            encoded.append(embedding(torch.tensor(ids, device=embedding.weight.device)))
+        return _padded(encoded, self.scale)
+
+    @torch.no_grad()
+    def embed(self, features: Tensor) -> Tensor:
+        # forward() itself: the engine's hooks on the projector must not see this call
+        return self._family.projector.forward(features)
+
+
+def _padded(rows: Sequence[Float[Tensor, "text joint"]], scale: float) -> Text:
+    tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    if not math.isfinite(scale):
+        raise TrimError(f"the text tower's logit scale is {scale}: its checkpoint is damaged")
+    return Text(tokens, mask, scale)

@@ -1,0 +1,142 @@
+"""What a compressed prefill saved, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from visiontrim.core.method import Method
+from visiontrim.core.trace import ImageTrace, Trace
+from visiontrim.models.family import Family
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tokens, cache and arithmetic of one prefill, beside those of the uncompressed prompt.
+
+    Vision tokens are the mean over the prompt's images; cache and FLOPs are those of the whole batch, text and beams
+    included.
+    """
+
+    method: str
+    images: int
+    input_tokens: float
+    """Vision tokens of an image before compression."""
+    kept_tokens: float
+    """Vision tokens of an image that entered the language model."""
+    per_layer: tuple[float, ...]
+    """Vision tokens of an image that each decoder layer processed."""
+    stages: tuple[dict[str, Any], ...]
+    """For every step its ``site`` and the ``dominant`` and ``complement`` tokens that it left of an image."""
+    kv_bytes: int
+    """Bytes of keys and values after the prefill, read from the cache; 0 without a cache."""
+    kv_bytes_plain: int
+    """The same for the uncompressed prompt: the bytes that a token takes, times its tokens and layers."""
+    flops: int
+    """FLOPs (2 per multiply-add) of the decoder layers in the prefill: weights x tokens, and queries x keys twice."""
+    flops_plain: int
+    """The same for the uncompressed prompt."""
+
+    @property
+    def mean(self) -> float:
+        """Mean vision tokens per decoder layer: the number at which methods compare."""
+        return sum(self.per_layer) / len(self.per_layer)
+
+    @classmethod
+    def of(cls, trace: Trace, method: Method, family: Family) -> Report:
+        """Count up ``trace``."""
+        images, layers = trace.images, len(trace.widths)
+        cached = trace.batch * sum(trace.cache_lengths)
+        full = trace.past + trace.length
+        keys = trace.cache_lengths or trace.widths
+        return cls(
+            method=str(method),
+            images=len(images),
+            input_tokens=_mean(image.total for image in images),
+            kept_tokens=_mean(image.entered for image in images),
+            per_layer=tuple(_mean(image.per_layer[layer] for image in images) for layer in range(layers)),
+            stages=_stages(images),
+            kv_bytes=trace.cache_bytes,
+            kv_bytes_plain=trace.cache_bytes * trace.batch * layers * full // cached if cached else 0,
+            flops=trace.batch * _prefill_flops(family, trace.widths, keys),
+            flops_plain=trace.batch * _prefill_flops(family, (trace.length,) * layers, (full,) * layers),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        return dataclasses.asdict(self) | {"mean": self.mean}
+
+    def table(self) -> Table:
+        """The numbers beside those of the uncompressed prompt, for rich."""
+        table = Table("", "plain", self.method, "of plain", title=None)
+        rows = [
+            ("vision tokens in", self.input_tokens, self.kept_tokens, _count),
+            ("mean per layer", self.input_tokens, self.mean, _count),
+            ("KV cache after prefill", self.kv_bytes_plain, self.kv_bytes, _bytes),
+            ("prefill FLOPs (decoder)", self.flops_plain, self.flops, _flops),
+        ]
+        for name, plain, ours, unit in rows:
+            table.add_row(name, unit(plain), unit(ours), f"{ours / plain:.1%}" if plain else "-")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        return table
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method} | {_count(self.input_tokens)} -> {_count(self.kept_tokens)} vision tokens, "
+            f"mean {self.mean:.1f} per layer | KV {_bytes(self.kv_bytes_plain)} -> {_bytes(self.kv_bytes)} | "
+            f"prefill {_flops(self.flops_plain)} -> {_flops(self.flops)}"
+        )
+
+
+def _mean(values) -> float:
+    values = list(values)
+    mean = sum(values) / len(values)
+    return int(mean) if mean == int(mean) else mean
+
+
+def _stages(images: tuple[ImageTrace, ...]) -> tuple[dict[str, Any], ...]:
+    steps = list(zip(*(image.stages for image in images), strict=True))
+    return tuple(
+        {
+            "site": str(stages[0].site),
+            "dominant": _mean(int((~stage.complement).sum()) for stage in stages),
+            "complement": _mean(int(stage.complement.sum()) for stage in stages),
+        }
+        for stages in steps
+    )
+
+
+def _prefill_flops(family: Family, widths: tuple[int, ...], keys: tuple[int, ...]) -> int:
+    """FLOPs of the decoder layers for one row: ``widths`` tokens attend to ``keys`` keys in each layer."""
+    config = family.language_model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attended = config.num_attention_heads * head_dim
+    total = 0
+    for layer, width, length in zip(family.language_model.layers, widths, keys, strict=True):
+        weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
+        total += 2 * weights * width + 4 * attended * width * length
+    return total
+
+
+def _count(tokens: float) -> str:
+    return f"{tokens:.0f}" if tokens == int(tokens) else f"{tokens:.1f}"
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, "B")
+
+
+def _flops(number: float) -> str:
+    return _scaled(number, "FLOP")
+
+
+def _scaled(number: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if number < 1000 or prefix == "T":
+            return f"{number:.3g} {prefix}{unit}" if prefix else f"{number:.0f} {unit}"
+        number /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,169 @@
+"""The one entrance: open a run on a model, close it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from PIL import Image
+from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+import visiontrim.methods  # noqa: F401  # registers the methods of the package
+from visiontrim.core.budget import Amount
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import Method, Positions
+from visiontrim.core.registry import load_method
+from visiontrim.core.trace import Trace
+from visiontrim.engine.guidance import Questions
+from visiontrim.engine.session import Clock, Session
+from visiontrim.images import as_seen
+from visiontrim.models.family import Family, family_of
+from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower
+from visiontrim.picture import token_map
+from visiontrim.report import Report
+
+_open: WeakKeyDictionary[PreTrainedModel, Run] = WeakKeyDictionary()
+
+
+def trim(
+    model: PreTrainedModel,
+    method: str | Path | Mapping[str, Any] | Method = "visiontrim",
+    *,
+    keep: Amount | None = None,
+    question: str | Sequence[str] | None = None,
+    text_tower: str | Path | TextTower | None = None,
+    processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+    positions: Positions | None = None,
+    clock: Clock | None = None,
+) -> Run:
+    """Compress the vision tokens of ``model`` while the returned run is open.
+
+    ::
+
+        with vt.trim(model, "visiontrim", keep=64) as run:
+            out = model.generate(**inputs, max_new_tokens=64)
+        print(run.report)
+
+    Args:
+        model: a supported vision-language model of transformers, with its weights on any device and in any dtype.
+        method: a name, ``name:key=value,...``, several joined by ``|``, a recipe file (YAML, JSON), or the object.
+        keep: vision tokens per image (int) or their fraction (float in (0, 1]); None takes what the method says.
+        question: the question, for methods that are guided by text: one for all rows of a batch, or one for each.
+            Without it such methods do without guidance. May be changed between calls as ``run.question``.
+        text_tower: the CLIP model that the vision encoder was taken from: a hub name, a directory, or a
+            :class:`TextTower`. Without it, the language model's own embeddings of the question guide.
+        processor: the model's processor. Its tokenizer reads the question when there is no text tower, and
+            ``run.picture`` learns from it which part of an image the model sees.
+        positions: position ids of survivors: ``"keep"`` (their own) or ``"compact"`` (consecutive); None takes the
+            method's rule.
+        clock: times the method's own work, see :class:`visiontrim.measure.Clock`.
+
+    Raises:
+        TrimError: for input that cannot work; the model is then untouched.
+    """
+    chosen = load_method(method, **({} if keep is None else {"keep": keep}))
+    if positions not in (None, "keep", "compact"):
+        raise TrimError(f"positions={positions!r}: choose 'keep' or 'compact'")
+    return Run(model, chosen, question, text_tower, processor, positions, clock)
+
+
+class Run:
+    """A method on a model: a context manager, or :meth:`attach` and :meth:`remove` for longer stays.
+
+    ``report``, ``trace`` and ``picture`` speak of the latest prefill that held images, in any thread.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        question: str | Sequence[str] | None,
+        text_tower: str | Path | TextTower | None,
+        processor: ProcessorMixin | PreTrainedTokenizerBase | None,
+        positions: Positions | None,
+        clock: Clock | None,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self._processor = processor
+        self._family = family_of(model)
+        guidance = _guidance(self._family, text_tower, processor)
+        if question is not None and method.text_aware and guidance is None:
+            raise TrimError(
+                "the question cannot be read without a text tower or the model's processor: pass text_tower= or "
+                "processor="
+            )
+        self._questions = Questions(guidance, question)
+        self._session = Session(
+            self._family, method, positions or method.positions, self._questions, self._finish, clock
+        )
+        self._trace: Trace | None = None
+
+    @property
+    def question(self) -> tuple[str, ...]:
+        """The questions that guide the next call, one for all rows or one for each; () for none."""
+        return self._questions.asked
+
+    @question.setter
+    def question(self, question: str | Sequence[str] | None) -> None:
+        self._questions.asked = question
+
+    def attach(self) -> Run:
+        """Compress from now on. Raises :class:`TrimError` if the model has an open run."""
+        if (other := _open.get(self.model)) is not None:
+            raise TrimError(f"the model already has an open run ({other.method}): remove it first, or compose with |")
+        self._session.attach()
+        _open[self.model] = self
+        return self
+
+    def remove(self) -> None:
+        """Leave the model as it was before :meth:`attach`."""
+        if _open.get(self.model) is self:
+            del _open[self.model]
+            self._session.detach()
+
+    def __enter__(self) -> Run:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def trace(self) -> Trace:
+        """What the latest prefill kept. Raises :class:`TrimError` before the first prompt with an image."""
+        if self._trace is None:
+            raise TrimError("no prompt with an image has passed through this run yet: call generate() inside it first")
+        return self._trace
+
+    @property
+    def report(self) -> Report:
+        """What the latest prefill saved: one line as text, ``table()`` for rich, ``to_dict()`` for JSON."""
+        return Report.of(self.trace, self.method, self._family)
+
+    def picture(self, image: Image.Image, number: int = 0) -> Image.Image:
+        """Draw on ``image``, the prompt's image ``number``, which of its tokens were kept, merged and dropped."""
+        images = self.trace.images
+        if not 0 <= number < len(images):
+            raise TrimError(f"there is no image {number}: the prompt had {len(images)}, counted from 0")
+        seen = as_seen(image, getattr(self._processor, "image_processor", None))
+        return token_map(seen, images[number])
+
+    def _finish(self, trace: Trace) -> None:
+        self._trace = trace
+
+
+def _guidance(
+    family: Family,
+    text_tower: str | Path | TextTower | None,
+    processor: ProcessorMixin | PreTrainedTokenizerBase | None,
+) -> Guidance | None:
+    if text_tower is not None:
+        if isinstance(text_tower, CLIPModel):
+            raise TrimError("a CLIPModel alone cannot read text: pass TextTower(model, tokenizer), or its name")
+        tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
+        tower.check_fits(family)
+        return tower
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return None if tokenizer is None else EmbeddingGuidance(family, tokenizer)

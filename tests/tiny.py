@@ -1,0 +1,178 @@
+"""Tiny random models, their inputs, and a reference that masks tokens instead of removing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+import visiontrim as vt
+from visiontrim.core.method import VisionOutput
+from visiontrim.core.trace import Trace
+
+PAD, BOS, IMAGE, VOCABULARY = 0, 1, 4, 200
+SIDE = 4
+PATCHES = SIDE * SIDE
+LAYERS = 5
+
+PLANS = {
+    "vision": vt.Random(keep=6),
+    "language": vt.Random(keep=5, layer=2),
+    "both": vt.Random(keep=9) | vt.Random(keep=4, layer=1) | vt.Random(keep=2, layer=3),
+}
+ROWS = {
+    "single": [(3, "image", 5)],
+    "batch": [(3, "image", 5), (1, "image", 2, "image", 7), (6,)],
+}
+every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+every_batch = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def llava(attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """A LLaVA of 16 patches and 5 decoder layers, with weights large enough that attention is not flat."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=14 * SIDE,
+            patch_size=14,
+            projection_dim=24,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=None,
+        ),
+        image_token_id=IMAGE,
+        image_seq_length=PATCHES,
+    )
+    model = LlavaForConditionalGeneration(config).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    model.set_attn_implementation(attention)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None
+    model.generation_config.bos_token_id = BOS
+    return model
+
+
+def prompts(*rows: Sequence[int | str], seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A left-padded batch. A row lists numbers of random text tokens and ``"image"``: ``(3, "image", 5)``."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences, images = [], 0
+    for row in rows:
+        parts = [torch.tensor([BOS])]
+        for part in row:
+            if part == "image":
+                parts.append(torch.full((PATCHES,), IMAGE))
+                images += 1
+            else:
+                parts.append(torch.randint(10, VOCABULARY, (part,), generator=generator))
+        sequences.append(torch.cat(parts))
+    width = max(map(len, sequences))
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, sequence in enumerate(sequences):
+        ids[number, width - len(sequence) :] = sequence
+        mask[number, width - len(sequence) :] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if images:
+        pixels = torch.randn(images, 3, 14 * SIDE, 14 * SIDE, generator=generator)
+        inputs["pixel_values"] = pixels.to(dtype)
+    return inputs
+
+
+def sample(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    """Row ``row`` of a batch by itself, without padding."""
+    real = inputs["attention_mask"][row].bool()
+    images = (inputs["input_ids"] == IMAGE).sum(1) // PATCHES
+    first = int(images[:row].sum())
+    single = {"input_ids": inputs["input_ids"][row][real][None], "attention_mask": torch.ones(1, int(real.sum())).long()}
+    if images[row]:
+        single["pixel_values"] = inputs["pixel_values"][first : first + int(images[row])]
+    return single
+
+
+class Masked(AbstractContextManager):
+    """The plain model, with tokens made invisible from given decoder layers on instead of removed.
+
+    Args:
+        model: a plain model.
+        mask: padding mask [batch, prompt] of the first forward's prompt.
+        hidden: for decoder layers in ascending order the places [batch, prompt] that are invisible from there on.
+    """
+
+    def __init__(self, model, mask: Tensor, hidden: Mapping[int, Tensor]) -> None:
+        self.model, self.mask, self.hidden = model, mask.bool(), hidden
+        self.handles: list = []
+
+    def __enter__(self):
+        for index, layer in enumerate(self.model.model.language_model.layers):
+            self.handles.append(layer.register_forward_pre_hook(self._hook(index), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, index: int):
+        visible = self.mask.clone()
+        for start, places in self.hidden.items():
+            if start <= index:
+                visible &= ~places
+
+        def hook(module, args, kwargs):
+            hidden, cache = args[0], kwargs["past_key_values"]
+            batch, queries = hidden.shape[:2]
+            past = 0 if cache is None else cache.get_seq_length(index)
+            keys = past + queries
+            seen = visible.repeat_interleave(batch // visible.shape[0], 0)[:, :keys]
+            seen = torch.nn.functional.pad(seen, (0, keys - seen.shape[1]), value=True)
+            causal = torch.arange(keys) <= torch.arange(past, keys)[:, None]
+            allowed = causal & seen[:, None, None, :]
+            # a row of nothing but False would be NaN: such rows are invisible themselves, any value will do
+            allowed = allowed | (torch.eye(keys, dtype=torch.bool)[past:] & ~allowed.any(-1, keepdim=True))
+            bias = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+            return args, kwargs | {"attention_mask": bias}
+
+        return hook
+
+
+def hidden_places(inputs: dict[str, Tensor], trace: Trace) -> dict[int, Tensor]:
+    """For every decoder layer where tokens go, the places [batch, tokens] of the prompt that ``trace`` says are gone."""
+    is_image = inputs["input_ids"] == IMAGE
+    blocks = [list(row.nonzero()[:, 0].split(PATCHES)) for row in is_image]
+    hidden: dict[int, Tensor] = {}
+    for image in trace.images:
+        block = blocks[image.sample].pop(0)
+        for stage in image.stages:
+            layer = 0 if isinstance(stage.site, VisionOutput) else stage.site.index
+            gone = torch.ones(PATCHES, dtype=torch.bool)
+            gone[stage.index] = False
+            hidden.setdefault(layer, torch.zeros_like(is_image))[image.sample, block[gone]] = True
+    return dict(sorted(hidden.items()))
+
+
+def generate(model, inputs, **options):
+    options = {"max_new_tokens": 6, "do_sample": False} | options
+    return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+
+
+def close(ours: Tensor, reference: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance)

@@ -35,8 +35,8 @@ def _load_plugins() -> None:
         point.load()  # importing the module registers its methods
 
 
-def methods() -> dict[str, type[Method]]:
-    """All methods by name, those of installed plug-ins (entry points ``visiontrim.methods``) included."""
+def list_methods() -> dict[str, type[Method]]:
+    """All methods by name: the package's own and those of plug-ins (entry points ``visiontrim.methods``)."""
     _load_plugins()
     return dict(sorted(_registered.items()))
 
@@ -93,7 +93,7 @@ def _parse_options(text: str, options: str) -> dict[str, Any]:
 
 
 def _build(name: str, options: Mapping[str, Any]) -> Method:
-    known = methods()
+    known = list_methods()
     if name not in known:
         raise TrimError(f"unknown method {name!r}{_nearest(name, known)}")
     cls = known[name]

@@ -129,6 +129,8 @@ class Call:
     """Who began the call and so ends it."""
     input_ids: Int[Tensor, "batch tokens"] | None = None
     """The ids that the images were encoded for, which generate() may expand afterwards."""
+    samples: int | None = None
+    """Rows of the caller's batch; None: those of ``input_ids``."""
     forward_ids: Int[Tensor, "rows tokens"] | None = None
     """Input ids of the forward in progress, expanded rows included."""
     prompt_end: int | None = None

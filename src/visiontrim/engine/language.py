@@ -219,21 +219,21 @@ class LanguageStage:
     def _trace(self, forward: Forward) -> Trace:
         cache, layers = forward.cache, len(self._model.layers)
         batch = forward.alive.origin.shape[0]
-        expand = batch // forward.call.input_ids.shape[0]
+        copies = batch // (forward.call.samples or forward.call.input_ids.shape[0])
         images = sorted(
             (row, number, image)
             for number, group in enumerate(forward.groups)
             for image, row in enumerate(group.rows)
-            if row % expand == 0
+            if row % copies == 0
         )
         widths = [forward.length] * layers
         for removal in forward.removals:
             widths[removal.start :] = [removal.alive.origin.shape[1]] * (layers - removal.start)
         lengths = () if cache is None else tuple(physical_length(cache, index) for index in range(layers))
         return Trace(
-            images=tuple(forward.groups[n].trace(image, row // expand, layers) for row, n, image in images),
+            images=tuple(forward.groups[n].trace(image, row // copies, layers) for row, n, image in images),
             batch=batch,
-            copies=expand,
+            copies=copies,
             length=forward.length,
             past=forward.past,
             widths=tuple(widths),

@@ -109,13 +109,14 @@ class Session:
         end = ids.shape[1] if mask is None else mask.shape[1]
         if past and end == ids.shape[1]:  # the whole conversation: generate() goes on after what is cached
             ids = ids[:, past:]
-        pictures = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
-        if not pictures and bool(self._family.placeholders(ids).any()):
+        if kwargs.get("mm_encoder_outputs"):
+            raise TrimError("mm_encoder_outputs were computed outside of this run: pass pixel_values instead")
+        if kwargs.get("pixel_values") is None and bool(self._family.placeholders(ids).any()):
             raise TrimError(
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
             )
-        token = self._call.set(Call(owner=None, input_ids=ids, prompt_end=end))
+        token = self._call.set(Call(owner=None, input_ids=ids, samples=ids.shape[0], prompt_end=end))
         try:
             return generate(*args, **kwargs)
         finally:

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-import visiontrim.methods  # noqa: F401  # registers the methods of the package
 from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method, Positions

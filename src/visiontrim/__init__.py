@@ -1,0 +1,82 @@
+"""visiontrim: faster vision-language models without training.
+
+Vision tokens are removed or merged at inference, so prefill, key-value cache and decoding shrink::
+
+    import visiontrim as vt
+
+    with vt.trim(model, "visiontrim", keep=64) as run:
+        out = model.generate(**inputs, max_new_tokens=64)
+    print(run.report)
+
+Names are loaded when they are first used, so that ``import visiontrim`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visiontrim.core.errors import TrimError
+    from visiontrim.core.method import DecoderLayer, Method, Plan, Step, VisionOutput
+    from visiontrim.core.registry import list_methods, load_method, register
+    from visiontrim.core.view import Keep, Text, View
+    from visiontrim.methods import NoTrim, Random, Uniform, VisionTrim
+    from visiontrim.models import TextTower
+    from visiontrim.report import Report
+    from visiontrim.run import Run, trim
+
+    __version__: str
+
+_HOMES = {
+    "core.errors": ["TrimError"],
+    "core.method": ["DecoderLayer", "Method", "Plan", "Step", "VisionOutput"],
+    "core.registry": ["list_methods", "load_method", "register"],
+    "core.view": ["Keep", "Text", "View"],
+    "methods": ["NoTrim", "Random", "Uniform", "VisionTrim"],
+    "models": ["TextTower"],
+    "report": ["Report"],
+    "run": ["Run", "trim"],
+}
+_HOME = {name: f"visiontrim.{module}" for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DecoderLayer",
+    "Keep",
+    "Method",
+    "NoTrim",
+    "Plan",
+    "Random",
+    "Report",
+    "Run",
+    "Step",
+    "Text",
+    "TextTower",
+    "TrimError",
+    "Uniform",
+    "View",
+    "VisionOutput",
+    "VisionTrim",
+    "__version__",
+    "list_methods",
+    "load_method",
+    "register",
+    "trim",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("visiontrim")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'visiontrim' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,204 @@
+"""One question about one picture: load a model, build its prompt, answer with and without compression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from visiontrim import zoo
+from visiontrim.core.budget import Amount
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import Method
+from visiontrim.measure import Clock
+from visiontrim.models import TextTower
+from visiontrim.run import Run, trim
+
+BUNDLED = "bundled"
+"""Name of the model that ships with the package."""
+FALLBACK_PROMPT = "USER: <image>\n{question} ASSISTANT:"
+"""For processors without a chat template: the prompt of LLaVA-1.5."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A model that answers questions about pictures, with what it takes to ask it."""
+
+    name: str
+    """Hub name or directory; ``BUNDLED`` for the model that ships with the package."""
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    text_tower: TextTower | None
+    normalise: Callable[[str], str] = str.strip
+    """Brings a typed question into the form that the model was trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said, and the run that it said it in."""
+
+    text: str
+    seconds: Mapping[str, float]
+    """Of ``vision``, ``method``, ``prefill``, ``decode``, and their ``total``."""
+    run: Run
+    """Closed; its report, trace and picture speak of this answer."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer and what it cost, ready for JSON; seconds as measured, tokens as in the run's report."""
+        report = self.run.report
+        return {
+            "answer": self.text,
+            "tokens": {
+                "input": report.input_tokens,
+                "kept": report.kept_tokens,
+                "per_layer": list(report.per_layer),
+                "mean": report.mean,
+            },
+            "kv_bytes": report.kv_bytes,
+            "seconds": dict(self.seconds),
+            "method": self.run.method.to_dict(),
+            "trace": {
+                stage["site"]: {kind: stage[kind] for kind in ("dominant", "complement")} for stage in report.stages
+            },
+        }
+
+    def beside(self, plain: Answer) -> Table:
+        """A table for rich: this answer and its cost beside those of the ``plain`` model, and the shares saved."""
+
+        def row(name: str, before: float, after: float, unit: str, digits: int = 0) -> tuple[str, ...]:
+            saved = f"{round(1 - after / before, 2) + 0.0:.0%}" if before else ""  # + 0.0: no "-0%"
+            return name, f"{before:,.{digits}f} {unit}".strip(), f"{after:,.{digits}f} {unit}".strip(), saved
+
+        whole, part = plain.run.report, self.run.report
+        table = Table("", "plain", str(self.run.method), "saved")
+        table.add_row("answer", plain.text, self.text, "")
+        table.add_row(*row("vision tokens in", whole.kept_tokens, part.kept_tokens, ""))
+        table.add_row(*row("mean per layer", whole.mean, part.mean, "", 1))
+        table.add_row(*row("KV cache", whole.kv_bytes / 1e6, part.kv_bytes / 1e6, "MB", 2))
+        for phase, seconds in self.seconds.items():
+            before = 0.0 if phase == "method" else plain.seconds[phase]  # the plain model has no method
+            table.add_row(*row(phase, 1e3 * before, 1e3 * seconds, "ms", 1))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        return table
+
+
+def load(
+    name: str | None = None, *, text_tower: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> Speaker:
+    """Load a model by hub name or directory; None takes the one that ships with the package.
+
+    ``text_tower`` is the hub name or directory of the CLIP model that reads the question (the bundled model brings
+    its own). ``device`` "auto" is the first accelerator, else the CPU; ``dtype`` "auto" is the checkpoint's on an
+    accelerator and float32 on the CPU. Raises :class:`TrimError`, in one sentence, for whatever cannot be loaded.
+    """
+    place = _device(device)
+    number: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
+    if name is None:
+        model, processor, clip, tokenizer = zoo.load()
+        tower, normalise = TextTower(_moved(clip, place, number), tokenizer), zoo.normalise
+    else:
+        model = _pretrained("model", name, AutoModelForImageTextToText.from_pretrained, dtype=number).eval()
+        processor = _pretrained("processor of", name, AutoProcessor.from_pretrained)
+        tower, normalise = None, str.strip
+    if text_tower is not None:
+        tower = _pretrained("text tower", text_tower, TextTower.from_pretrained, dtype=number)
+        _moved(tower.model, place, number)
+    return Speaker(name or BUNDLED, _moved(model, place, number), processor, tower, normalise)
+
+
+def encode(speaker: Speaker, image: Image.Image, question: str) -> BatchFeature:
+    """Inputs for ``generate()``: the processor's chat template, or ``FALLBACK_PROMPT`` where it has none."""
+    processor: Any = speaker.processor  # its annotations are narrower than what it takes
+    if (placeholder := getattr(processor, "image_token", None)) and placeholder in question:
+        raise TrimError(f"the question holds {placeholder!r}, the place of the picture in the prompt: leave it out")
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        inputs = processor(images=image, text=FALLBACK_PROMPT.format(question=question), return_tensors="pt")
+    return inputs.to(speaker.model.device, speaker.model.dtype)  # only floating-point inputs change their dtype
+
+
+@torch.inference_mode()
+def answer(
+    speaker: Speaker,
+    image: Image.Image,
+    question: str,
+    method: str | Path | Mapping[str, Any] | Method = "visiontrim",
+    keep: Amount | None = None,
+    *,
+    max_new_tokens: int = 64,
+) -> Answer:
+    """Answer greedily with compressed vision tokens; ``method="none"`` is the plain model.
+
+    Raises :class:`TrimError` for a method, budget, model or question that cannot work.
+    """
+    question = speaker.normalise(question)
+    inputs = encode(speaker, image, question)
+    model: Any = speaker.model
+    with Clock(model) as clock:
+        run = trim(
+            model,
+            method,
+            keep=keep,
+            question=question or None,
+            text_tower=speaker.text_tower,
+            processor=speaker.processor,
+            clock=clock,
+        )
+        with run:
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    text = speaker.processor.tokenizer.decode(new, skip_special_tokens=True)
+    return Answer(text.strip(), clock.seconds, run)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TrimError(f"there is no device {name!r} ({_sentence(error)}): choose cpu, or leave it at auto") from error
+    return device
+
+
+def _moved(model: Any, device: torch.device, dtype: Any) -> Any:
+    return model.to(device) if dtype == "auto" else model.to(device, dtype)
+
+
+def _pretrained(kind: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise TrimError(
+            f"the {kind} {name!r} cannot be loaded ({_sentence(error)}): give a directory, or a hub name such as "
+            "llava-hf/llava-1.5-7b-hf"
+        ) from error
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of a message, without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,6 @@
+"""The methods, one file each. Importing this package registers them under their names."""
+
+from visiontrim.methods.controls import NoTrim, Random, Uniform
+from visiontrim.methods.visiontrim import VisionTrim
+
+__all__ = ["NoTrim", "Random", "Uniform", "VisionTrim"]

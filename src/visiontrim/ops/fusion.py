@@ -1,0 +1,60 @@
+"""Fusion of the global and the local score of a token (VisionTrim eq. 3 and 6)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Fusion = Literal["inverse_variance", "variance", "standardised", "max", "mean", "geometric", "harmonic"]
+"""How :func:`fuse` joins two scores."""
+
+
+def fuse(
+    global_score: Float[Tensor, "batch tokens"], local_score: Float[Tensor, "batch tokens"], rule: Fusion
+) -> Float[Tensor, "batch tokens"]:
+    """One score per token from two, in float32. Only its order within an image has a meaning.
+
+    Each score is turned into a distribution over the tokens by a softmax (eq. 3: the second one, for a score that is
+    an attention), ``a`` and ``b``. The rules:
+
+    - ``inverse_variance``: eq. 6, ``alpha a + (1 - alpha) b`` with ``alpha = var b / (var a + var b)``, so that the
+      flatter distribution weighs more. A softmax of an attention is almost flat: in effect the global score decides.
+    - ``variance``: eq. 6 read the other way round, ``alpha = var a / (var a + var b)``.
+    - ``standardised``: eq. 6 on the softmax of the z-scores, which puts both signals on one scale.
+    - ``max``, ``mean``, ``geometric``, ``harmonic``: that mean, or the larger, of ``a`` and ``b``.
+
+    Raises :class:`ValueError` for an unknown rule.
+    """
+    first, second = global_score.float(), local_score.float()
+    if rule == "standardised":
+        first, second = _standardise(first), _standardise(second)
+    a, b = first.softmax(-1), second.softmax(-1)
+    match rule:
+        case "inverse_variance" | "standardised":
+            return _share(b, a) * a + _share(a, b) * b
+        case "variance":
+            return _share(a, b) * a + _share(b, a) * b
+        case "max":
+            return torch.maximum(a, b)
+        case "mean":
+            return (a + b) / 2
+        case "geometric":
+            return (a * b).sqrt()
+        case "harmonic":
+            return 2 * a * b / (a + b).clamp(min=torch.finfo(a.dtype).tiny)
+    raise ValueError(f"fusion={rule!r} is unknown: choose from {', '.join(get_args(Fusion))}")
+
+
+def _standardise(score: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+    centred = score - score.mean(-1, keepdim=True)
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    return centred / torch.where(deviation > 0, deviation, 1.0)
+
+
+def _share(mine: Float[Tensor, "batch tokens"], other: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1"]:
+    """var(mine) / (var(mine) + var(other)), one half where both are constant."""
+    mine, other = (scores.var(-1, keepdim=True, correction=0) for scores in (mine, other))
+    return torch.where(mine + other > 0, mine / (mine + other), 0.5)

@@ -1,0 +1,287 @@
+"""The command line: what it prints where, exit codes, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from visiontrim import zoo
+from visiontrim.ask import FALLBACK_PROMPT, encode, load
+from visiontrim.cli import main
+from visiontrim.core.errors import TrimError
+from visiontrim.zoo import held_out
+
+SAMPLES = list(held_out(2))
+
+
+@pytest.fixture(autouse=True)
+def _restore_verbosity():
+    loggers = (transformers.utils.logging, huggingface_hub.utils.logging)
+    verbosities = [logging.get_verbosity() for logging in loggers]
+    yield
+    for logging, verbosity in zip(loggers, verbosities, strict=True):
+        logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("scene") / "scene.png"
+    SAMPLES[0].image.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command; gives (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["visiontrim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+def command(*arguments: object, **options) -> subprocess.CompletedProcess:
+    program = [sys.executable, "-c", "from visiontrim.cli import main; main()"]
+    return subprocess.run([*program, *map(str, arguments)], timeout=300, **options)
+
+
+QUESTION = SAMPLES[0].question
+
+
+# --- ask -------------------------------------------------------------------------------------------------------------
+
+
+def test_ask_prints_the_answer_and_the_report(cli, scene):
+    code, out, err = cli("ask", scene, QUESTION)
+    assert (code, err) == (0, "")
+    answer, report = out.splitlines()
+    assert answer.strip()
+    assert "576 -> 64 vision tokens" in report
+
+
+def test_json_is_one_object(cli, scene):
+    code, out, err = cli("ask", scene, QUESTION, "--json", "--keep", "0.25", "--method", "random:seed=3")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert out.count("\n") == 1
+    assert told["tokens"] == {"input": 576, "kept": 144, "per_layer": [144] * 5, "mean": 144.0}
+    assert told["method"] == {"method": "random", "keep": 0.25, "layer": None, "seed": 3}
+    assert told["model"] == "bundled"
+    assert told["trace"] == {"vision": {"dominant": 144, "complement": 0}}
+    assert told["kv_bytes"] > 0
+    parts = told["seconds"]
+    assert set(parts) == {"vision", "method", "prefill", "decode", "total"}
+    assert sum(parts.values()) - parts["total"] <= parts["total"]
+    assert not {"map", "plain"} & set(told)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("1", 1), ("64", 64), ("576", 576), ("1.0", 576), ("0.5", 288)])
+def test_keep_is_a_number_or_a_fraction(cli, scene, keep, kept):
+    told = json.loads(cli("ask", scene, QUESTION, "--keep", keep, "--method", "uniform", "--json")[1])
+    assert told["tokens"]["kept"] == kept
+
+
+def test_compare(cli, scene, tmp_path):
+    picture = tmp_path / "kept.png"
+    told = json.loads(cli("ask", scene, QUESTION, "--compare", "--json", "--map", picture)[1])
+    plain = told["plain"]
+    assert plain["tokens"]["kept"] == 576
+    assert plain["answer"] == SAMPLES[0].answer
+    assert plain["kv_bytes"] > 5 * told["kv_bytes"]
+    assert told["trace"]["vision"] == {"dominant": 48, "complement": 16}
+    assert told["map"] == str(picture)
+    assert Image.open(picture).width == 768
+
+
+def test_compare_table(cli, scene):
+    code, out, err = cli("ask", scene, QUESTION, "--compare", "--keep", "64")
+    assert (code, err) == (0, "")
+    cells = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.count("│") > 4}
+    assert [cell.strip() for cell in cells["vision tokens in"]] == ["576", "64", "89%"]
+    assert cells["answer"][0].strip() == SAMPLES[0].answer
+    assert cells["method"][0].strip() == "0.0 ms"
+
+
+def test_brackets_in_an_answer_are_no_markup(cli, scene, monkeypatch):
+    speaker = load()
+    monkeypatch.setattr(speaker.processor.tokenizer, "decode", lambda *_, **__: "[/red] [bold]")
+    monkeypatch.setattr("visiontrim.ask.load", lambda *_, **__: speaker)
+    for arguments in ((), ("--compare",)):
+        code, out, _ = cli("ask", scene, QUESTION, *arguments)
+        assert code == 0
+        assert "[/red] [bold]" in out
+
+
+def test_everything_kept_answers_like_the_zoo(cli, tmp_path):
+    bundle = zoo.load()
+    expected = zoo.answer(bundle.model, bundle.processor, SAMPLES[:3])
+    SAMPLES[0].image.save(tmp_path / "scene.png")
+    for sample, answer in zip(SAMPLES[:3], expected, strict=True):
+        told = json.loads(cli("ask", tmp_path / "scene.png", sample.question, "--method", "none", "--json")[1])
+        assert told["answer"] == answer
+
+
+def test_recipe_file(cli, scene, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: random\nkeep: 32\n")
+    told = json.loads(cli("ask", scene, QUESTION, "--method", recipe, "--json")[1])
+    assert (told["tokens"]["kept"], told["method"]["method"]) == (32, "random")
+
+
+def test_model_and_text_tower_from_directories(cli, scene):
+    common = ("ask", scene, QUESTION, "--json", "--keep", "48")
+    bundled = json.loads(cli(*common)[1])
+    given = json.loads(cli(*common, "--model", zoo.MODEL_DIR, "--text-tower", zoo.CLIP_DIR)[1])
+    assert given.pop("model") == str(zoo.MODEL_DIR)
+    assert bundled.pop("model") == "bundled"
+    for told in (given, bundled):
+        told.pop("seconds")
+    assert given == bundled
+
+
+# --- map, methods, version -------------------------------------------------------------------------------------------
+
+
+def test_map(cli, scene, tmp_path):
+    code, out, err = cli("map", scene, QUESTION, "-o", tmp_path / "kept.jpg")
+    assert (code, out, err) == (0, f"{tmp_path / 'kept.jpg'}\n", "")
+    with Image.open(tmp_path / "kept.jpg") as picture:
+        assert picture.format == "JPEG"
+        assert picture.width == 768
+
+
+def test_methods(cli):
+    code, out, err = cli("methods")
+    assert (code, err) == (0, "")
+    told = {method["name"]: method for method in json.loads(cli("methods", "--json")[1])}
+    assert {"none", "random", "uniform", "visiontrim"} <= set(told)
+    for name, method in told.items():
+        assert name in out
+        assert set(method) == {"name", "stages", "text_aware", "merges", "paper", "summary", "options"}
+    assert told["visiontrim"]["stages"] == ["vision"]
+    assert told["visiontrim"]["text_aware"]
+    assert told["random"]["options"] == {"keep": 64, "layer": None, "seed": 0}
+
+
+def test_version_and_help(cli):
+    assert cli("--version")[1].startswith("visiontrim 0.")
+    for arguments in ((), ("ask",), ("map",), ("methods",)):
+        code, out, _ = cli(*arguments, "--help")
+        assert code == 0
+        assert "Example" in out
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.png", QUESTION], "no.png does not exist"),
+        (["{scene}", "what is on the table?"], "does not know 'on', 'table'"),
+        (["{scene}", QUESTION, "--method", "visiontrin"], "did you mean 'visiontrim'"),
+        (["{scene}", QUESTION, "--method", "random:sed=1"], "did you mean 'seed'"),
+        (["{scene}", QUESTION, "--method", "no.yaml"], "the recipe no.yaml cannot be read"),
+        (["{scene}", QUESTION, "--keep", "0"], "keep=0"),
+        (["{scene}", QUESTION, "--keep", "600"], "576"),
+        (["{scene}", QUESTION, "--keep", "1.5"], "keep=1.5"),
+        (["{scene}", QUESTION, "--keep", "nan"], "keep=nan"),
+        (["{scene}", QUESTION, "--map", "kept.xyz"], "does not end like a picture"),
+        (["{scene}", QUESTION, "--map", "no/such/kept.png"], "no/such is no folder"),
+        (["{scene}", QUESTION, "--model", "{folder}"], "cannot be loaded"),
+        (["{scene}", QUESTION, "--model", "not a name"], "cannot be loaded"),
+        (["{scene}", QUESTION, "--text-tower", "{folder}"], "the text tower"),
+        (["{scene}", QUESTION, "--device", "abacus"], "no device 'abacus'"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(cli, scene, tmp_path, arguments, message):
+    code, out, err = cli("ask", *(argument.format(scene=scene, folder=tmp_path) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("visiontrim: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("arguments", [["--method", "visiontrin"], ["--keep", "0"], ["--map", "kept.xyz"]])
+def test_cheap_mistakes_are_told_before_a_model_is_loaded(cli, scene, monkeypatch, arguments):
+    monkeypatch.setattr("visiontrim.ask.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert cli("ask", scene, QUESTION, *arguments)[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [["--keep", "many"], ["--dtype", "int3"], ["--max-new-tokens", "0"], ["--what"]])
+def test_wrong_usage(cli, scene, arguments):
+    code, out, err = cli("ask", scene, QUESTION, *arguments)
+    assert (code, out) == (2, "")
+    assert arguments[0] in err
+    assert "Traceback" not in err
+
+
+# --- the real process ------------------------------------------------------------------------------------------------
+
+
+def test_pipes():
+    buffer = io.BytesIO()
+    SAMPLES[0].image.save(buffer, "PNG")
+    done = command("ask", "-", QUESTION, "--json", input=buffer.getvalue(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["tokens"]["kept"] == 64
+    done = command("ask", "-", QUESTION, input=b"", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"visiontrim: standard input is empty")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_progress_is_for_terminals(scene):
+    master, slave = os.openpty()
+    done = command(
+        "ask", scene, QUESTION, "--json", stdout=subprocess.PIPE, stderr=slave, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(slave)
+    shown = os.read(master, 65536)
+    os.close(master)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["answer"]
+    assert b"loading the bundled model" in shown
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_prompts(monkeypatch):
+    speaker = load()
+    templated = encode(speaker, SAMPLES[0].image, QUESTION)
+    written = speaker.processor(images=SAMPLES[0].image, text=zoo.PROMPT.format(question=QUESTION), return_tensors="pt")
+    assert torch.equal(templated["input_ids"], written["input_ids"])
+    assert torch.equal(templated["pixel_values"], written["pixel_values"])
+    monkeypatch.setattr(speaker.processor, "chat_template", None)
+    bare = encode(speaker, SAMPLES[0].image, QUESTION)
+    fallback = speaker.processor(
+        images=SAMPLES[0].image, text=FALLBACK_PROMPT.format(question=QUESTION), return_tensors="pt"
+    )
+    assert torch.equal(bare["input_ids"], fallback["input_ids"])
+    with pytest.raises(TrimError, match="<image>"):
+        encode(speaker, SAMPLES[0].image, "what is <image> ?")
+
+
+@pytest.mark.parametrize("name", [None, str(zoo.MODEL_DIR)])
+def test_dtype(name):
+    speaker = load(name, text_tower=str(zoo.CLIP_DIR), device="cpu", dtype="bfloat16")
+    assert speaker.model.dtype == torch.bfloat16
+    assert speaker.text_tower is not None
+    assert speaker.text_tower.model.dtype == torch.bfloat16
+    assert encode(speaker, SAMPLES[0].image, QUESTION)["pixel_values"].dtype == torch.bfloat16
+    assert load(name, device="cpu").model.dtype == torch.float32

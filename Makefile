@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
-.PHONY: demo test bench clean
+.PHONY: help demo test bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,22 +12,28 @@ help:
 	@echo "make test   ruff, pyright and pytest"
 	@echo "make bench  time the selection, and the bundled model with and without it"
 
-$(STAMP): pyproject.toml constraints/tested.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt -e '.[dev]'
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runs: pyproject.toml constraints/tested.txt | $(BIN)/python
+	$(INSTALL) -e .
 	touch $@
 
-demo: $(STAMP)
+$(VENV)/.tests: pyproject.toml constraints/tested.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.runs
 	$(BIN)/visiontrim ask examples/shapes.png "what color is the star?" --keep 64 --compare --map kept.png
 
-test: $(STAMP)
+test: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest
 
-bench: $(STAMP)
+bench: $(VENV)/.runs
 	$(BIN)/python benchmarks/ltam.py
 	$(BIN)/python benchmarks/overhead.py
 

@@ -6,14 +6,27 @@ import re
 import threading
 
 import pytest
-import tiny
 import torch
-from tiny import PLANS, ROWS, Masked, both_attentions, every_batch, close, every_plan, generate, hidden_places, llava, prompts, sample
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextStreamer
 
+import tiny
 import visiontrim as vt
+from tiny import (
+    PLANS,
+    ROWS,
+    Masked,
+    both_attentions,
+    close,
+    every_batch,
+    every_plan,
+    generate,
+    hidden_places,
+    llava,
+    prompts,
+    sample,
+)
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -216,8 +229,7 @@ def test_model_is_as_before_after_exit_and_after_an_exception():
         generate(model, inputs)
     assert fingerprint(model) == before
     with pytest.raises(ZeroDivisionError), vt.trim(model, plan):
-        generate(model, inputs)
-        raise ZeroDivisionError
+        generate(model, inputs, stopping_criteria=[lambda *_: 1 / 0])
     with pytest.raises(vt.TrimError), vt.trim(model, vt.Random(keep=17)):
         generate(model, inputs)
     assert fingerprint(model) == before

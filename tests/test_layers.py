@@ -22,7 +22,15 @@ FLOORS = [
 """From the ground up: a module imports from its own floor and the ones below; the package itself stands on top."""
 
 NO_TRANSFORMERS = {"core", "ops", "methods", "picture", "images", "report"}
-INTERNALS = {"cache_utils", "masking_utils", "modeling_utils", "models", "integrations", "generation", "configuration_utils"}
+INTERNALS = {
+    "cache_utils",
+    "masking_utils",
+    "modeling_utils",
+    "models",
+    "integrations",
+    "generation",
+    "configuration_utils",
+}
 
 
 def part_of(path: Path) -> str:
@@ -53,7 +61,7 @@ def test_imports_point_downwards(path):
     for name in imports(path):
         head, *rest = name.split(".")
         if head == "visiontrim":
-            target = rest[0] if rest and (ROOT / rest[0]).exists() or (ROOT / f"{rest[0]}.py").exists() else None
+            target = rest[0] if (rest and (ROOT / rest[0]).exists()) or (ROOT / f"{rest[0]}.py").exists() else None
             if target is None:  # `import visiontrim as vt`: the finished library
                 assert floor_of(part) > floor_of("run"), f"{path.name} uses the whole package"
             elif target != part:
@@ -75,7 +83,9 @@ def test_the_engine_names_no_method():
     names = set(visiontrim.list_methods())
     for path in (*(ROOT / "engine").glob("*.py"), *(ROOT / "models").glob("*.py")):
         code = ast.parse(path.read_text())
-        texts = {node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        texts = {
+            node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
         assert not texts & (names - {"none"}), path.name
 
 

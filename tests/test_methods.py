@@ -15,7 +15,8 @@ from visiontrim.core.method import DecoderLayer, Plan, VisionOutput
 from visiontrim.core.registry import list_methods, load_method
 from visiontrim.core.view import Keep, Text, View
 from visiontrim.methods import NoTrim, Random, Uniform, VisionTrim
-from visiontrim.ops.affinity import local_affinity
+from visiontrim.ops.affinity import local_affinity, nearest_affinity
+from visiontrim.ops.complement import complement
 from visiontrim.ops.select import gather, leftovers, top_k
 
 SIGNALS = ("cls_attention", "received_attention", "joint", "text", "query")
@@ -158,6 +159,7 @@ def test_needs():
     assert needs(global_score="received", patch_space="last") == ({"received_attention", "joint_last", "text"},)
     assert needs(variant="release") == ({"cls_attention", "received_attention", "joint", "text"},)
     assert needs(stages="language") == ({"query", "text"},)
+    assert needs(stages="language", guidance="none") == ({"query"},)
     assert needs(stages="both") == ({"cls_attention", "joint", "text"}, {"query", "text"})
     assert Random().needs == Uniform(layer=3).needs == set()
 
@@ -211,6 +213,30 @@ def test_global_score_of_the_language_stage():
     (step,) = VisionTrim(keep=12, stages="language", fusion="cls").steps()
     expected = torch.stack([(view.features[b] @ view.query[b] / 8**0.5).softmax(0) for b in range(2)])
     torch.testing.assert_close(step.score(view), expected)
+
+
+def test_language_stage_measures_by_dot_products_and_survivors():
+    view = make_view(tokens=30, entered=30)
+    (step,) = VisionTrim(keep=12, stages="language", fusion="local", neighbourhood="nearest").steps()
+    score = nearest_affinity(view.features, view.coordinates, neighbours=8)
+    torch.testing.assert_close(step.score(view), score)
+    keep = step.select(view)
+    dominant, added = 8, 3  # 11 tokens from layer 2 on make the mean 12
+    rest = leftovers(top_k(score, dominant), 30)
+    merged = complement(
+        gather(view.features, rest),
+        gather(view.features, rest),
+        view.text.tokens,
+        view.text.mask,
+        added,
+        scale=8**-0.5,
+        cosine=False,
+    )
+    assert keep.complement.sum(1).tolist() == [added] * 2
+    for image in range(2):
+        marked = keep.complement[image]
+        assert torch.equal(keep.index[image][marked], gather(rest, merged.centres)[image])
+        torch.testing.assert_close(keep.features[image][marked], merged.features[image])
 
 
 def test_question_changes_what_is_kept():

@@ -6,11 +6,9 @@ import io
 import json
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 from rich.console import Console
-from tiny import llava, prompts, sample
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -27,11 +25,13 @@ from transformers import (
     StaticCache,
 )
 
+import tiny
 import visiontrim as vt
+from tiny import llava, prompts, sample
 from visiontrim.measure import Clock
 from visiontrim.models.text import MAX_WINDOWS
 
-WORDS = "<pad> <s> </s> what is the color shape of star circle red".split()
+WORDS = ["<pad>", "<s>", "</s>", "what", "is", "the", "color", "shape", "of", "star", "circle", "red"]
 CONTEXT = 8
 
 
@@ -179,11 +179,11 @@ def test_no_report_without_an_image(model, inputs):
 
 def test_what_needs_equal_cache_layers(model, inputs):
     with vt.trim(model, "random", keep=4):
-        with pytest.raises(vt.TrimError, match="StaticLayer.*use a DynamicCache"):
+        with pytest.raises(vt.TrimError, match=r"StaticLayer.*use a DynamicCache"):
             model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
-        with pytest.raises(vt.TrimError, match="StaticLayer.*use a DynamicCache"):
+        with pytest.raises(vt.TrimError, match=r"StaticLayer.*use a DynamicCache"):
             model(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=64))
-        with pytest.raises(vt.TrimError, match="prefill_chunk_size=8 .*: use None"):
+        with pytest.raises(vt.TrimError, match=r"prefill_chunk_size=8 .*: use None"):
             model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
         length = inputs["input_ids"].shape[1]
         four_d = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
@@ -215,7 +215,9 @@ def test_text_towers_that_do_not_fit(model):
         vt.TextTower(model, tokenizer(special=True))
 
 
-@pytest.mark.parametrize("guide", [{"text_tower": tower()}, {"processor": tokenizer(special=False)}], ids=["tower", "lm"])
+@pytest.mark.parametrize(
+    "guide", [{"text_tower": tower()}, {"processor": tokenizer(special=False)}], ids=["tower", "lm"]
+)
 def test_the_question_decides_what_complements(model, inputs, guide):
     method = vt.VisionTrim(keep=8, split=0.5)
     _, silent = answer(model, inputs, method, **guide)
@@ -268,7 +270,7 @@ def test_number_of_questions_must_fit(model):
 
 def test_long_questions_are_read_in_windows(model, inputs):
     text = tower()
-    words = "what is the color of the red star and the shape of the circle".split()
+    words = ["what", "is", "the", "color", "of", "the", "red", "star", "and", "the", "shape", "of", "the", "circle"]
     short, long = " ".join(words[:5]), " ".join(words)
     encoded = text.encode([short, long])
     assert encoded.mask.sum(1).tolist() == [5 + 2, len(words) + 2 * 3]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from tiny import PLANS, ROWS, Masked, both_attentions, close, every_plan, generate, hidden_places, llava, prompts
 from torch import Tensor
 from transformers import DynamicCache
 
 import visiontrim as vt
+from tiny import ROWS, Masked, both_attentions, close, every_plan, generate, hidden_places, llava, prompts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

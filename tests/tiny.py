@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
 import visiontrim as vt
 from visiontrim.core.method import VisionOutput
 from visiontrim.core.trace import Trace
@@ -103,7 +104,10 @@ def sample(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
     real = inputs["attention_mask"][row].bool()
     images = (inputs["input_ids"] == IMAGE).sum(1) // PATCHES
     first = int(images[:row].sum())
-    single = {"input_ids": inputs["input_ids"][row][real][None], "attention_mask": torch.ones(1, int(real.sum())).long()}
+    single = {
+        "input_ids": inputs["input_ids"][row][real][None],
+        "attention_mask": torch.ones(1, int(real.sum())).long(),
+    }
     if images[row]:
         single["pixel_values"] = inputs["pixel_values"][first : first + int(images[row])]
     return single
@@ -155,7 +159,7 @@ class Masked(AbstractContextManager):
 
 
 def hidden_places(inputs: dict[str, Tensor], trace: Trace) -> dict[int, Tensor]:
-    """For every decoder layer where tokens go, the places [batch, tokens] of the prompt that ``trace`` says are gone."""
+    """For every decoder layer where tokens go, the places [batch, tokens] of the prompt that are gone from there on."""
     is_image = inputs["input_ids"] == IMAGE
     blocks = [list(row.nonzero()[:, 0].split(PATCHES)) for row in is_image]
     hidden: dict[int, Tensor] = {}

@@ -1,8 +1,8 @@
-"""One question about one picture: load a model, build its prompt, answer with and without compression."""
+"""One question about one picture or several: load a model, build its prompt, answer with and without compression."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from visiontrim.run import Run, trim
 
 BUNDLED = "bundled"
 """Name of the model that ships with the package."""
-FALLBACK_PROMPT = "USER: <image>\n{question} ASSISTANT:"
-"""For processors without a chat template: the prompt of LLaVA-1.5."""
+FALLBACK_PROMPT = "USER: {images}{question} ASSISTANT:"
+"""For processors without a chat template: the prompt of LLaVA-1.5, an "<image>" and a new line for every picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +119,13 @@ def load(
     return Speaker(name or BUNDLED, _moved(model, place, number), processor, tower, normalise)
 
 
-def encode(speaker: Speaker, image: Image.Image, question: str) -> BatchFeature:
+def encode(speaker: Speaker, images: Sequence[Image.Image], question: str) -> BatchFeature:
     """Inputs for ``generate()``: the processor's chat template, or ``FALLBACK_PROMPT`` where it has none."""
     processor: Any = speaker.processor  # its annotations are narrower than what it takes
     if (placeholder := getattr(processor, "image_token", None)) and placeholder in question:
         raise TrimError(f"the question holds {placeholder!r}, the place of the picture in the prompt: leave it out")
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -134,33 +134,34 @@ def encode(speaker: Speaker, image: Image.Image, question: str) -> BatchFeature:
             return_tensors="pt",
         )
     else:
-        inputs = processor(images=image, text=FALLBACK_PROMPT.format(question=question), return_tensors="pt")
+        prompt = FALLBACK_PROMPT.format(images="<image>\n" * len(images), question=question)
+        inputs = processor(images=list(images), text=prompt, return_tensors="pt")
     return inputs.to(speaker.model.device, speaker.model.dtype)  # only floating-point inputs change their dtype
 
 
 @torch.inference_mode()
 def answer(
     speaker: Speaker,
-    image: Image.Image,
+    images: Sequence[Image.Image],
     question: str,
     method: str | Path | Mapping[str, Any] | Method = "visiontrim",
     keep: Amount | None = None,
     *,
     max_new_tokens: int = 64,
 ) -> Answer:
-    """Answer greedily with compressed vision tokens; ``method="none"`` is the plain model.
+    """Answer greedily, from one prompt with all ``images``; ``method="none"`` is the plain model.
 
     Raises :class:`TrimError` for a method, budget, model or question that cannot work.
     """
     question = speaker.normalise(question)
-    inputs = encode(speaker, image, question)
+    inputs = encode(speaker, images, question)
     model: Any = speaker.model
     with Clock(model) as clock:
         run = trim(
             model,
             method,
             keep=keep,
-            question=question or None,
+            question=question,
             text_tower=speaker.text_tower,
             processor=speaker.processor,
             clock=clock,

@@ -23,6 +23,8 @@ from visiontrim.core.errors import TrimError
 from visiontrim.images import check_output, load_image, save_image
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not wait for them
+    from PIL.Image import Image
+
     from visiontrim.ask import Answer
     from visiontrim.core.method import Method
 
@@ -50,6 +52,12 @@ def _amount(text: str) -> int | float:
 
 
 Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="Path or URL of a picture, or - for standard input.")]
+Pictures = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE...", help="Path or URL of a picture, or - for standard input; several make one prompt."
+    ),
+]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")]
 Model = Annotated[
     str | None, typer.Option(metavar="ID_OR_DIR", help="Hub name or directory. Default: this package's small model.")
@@ -100,7 +108,7 @@ def _root(
     "curl -s https://example.org/a.jpg | visiontrim ask - 'how many objects?' --json"
 )
 def ask(
-    image: Picture,
+    images: Pictures,
     question: Question,
     model: Model = None,
     text_tower: TextTower = None,
@@ -114,18 +122,18 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture with fewer vision tokens."""
-    picture, chosen, run = _prepare(
-        image, method, keep, map_file, name=model, text_tower=text_tower, device=device, dtype=dtype.value
+    pictures, chosen, run = _prepare(
+        images, method, keep, map_file, name=model, text_tower=text_tower, device=device, dtype=dtype.value
     )
     plain = None
     if compare:
         with _status("asking the plain model"):
-            run(picture, question, "none", max_new_tokens=1)  # the first call of a process is slow for any method
-            plain = run(picture, question, "none", max_new_tokens=max_new_tokens)
+            run(pictures, question, "none", max_new_tokens=1)  # the first call of a process is slow for any method
+            plain = run(pictures, question, "none", max_new_tokens=max_new_tokens)
     with _status("asking"):
-        answer = run(picture, question, chosen, max_new_tokens=max_new_tokens)
+        answer = run(pictures, question, chosen, max_new_tokens=max_new_tokens)
     if map_file is not None:
-        save_image(answer.run.picture(picture), map_file)
+        save_image(_maps(answer, images, pictures), map_file)
     if as_json:
         extra = {"model": model or "bundled"}
         extra |= {"map": str(map_file)} if map_file is not None else {}
@@ -136,7 +144,7 @@ def ask(
         _console().print(answer.beside(plain))
     else:
         print(answer.text)
-        _console().print(str(answer.run.report), style="dim", soft_wrap=True)
+    _console().print(str(answer.run.report), style="dim", soft_wrap=True)
     if map_file is not None:
         print(map_file)
 
@@ -154,12 +162,12 @@ def draw(
     dtype: DtypeChoice = Dtype.auto,
 ) -> None:
     """Draw which vision tokens stay clear, which are merged (tinted) and which are dropped (dark)."""
-    picture, chosen, run = _prepare(
-        image, method, keep, output, name=model, text_tower=text_tower, device=device, dtype=dtype.value
+    pictures, chosen, run = _prepare(
+        [image], method, keep, output, name=model, text_tower=text_tower, device=device, dtype=dtype.value
     )
     with _status("asking"):
-        answer = run(picture, question, chosen, max_new_tokens=1)
-    save_image(answer.run.picture(picture), output)
+        answer = run(pictures, question, chosen, max_new_tokens=1)
+    save_image(_maps(answer, [image], pictures), output)
     print(output)
 
 
@@ -194,15 +202,15 @@ def show_methods(as_json: Json = False) -> None:
 
 
 def _prepare(
-    image: str, method: str, keep: int | float | None, output: Path | None, **model: Any
-) -> tuple[Any, Method, Callable[..., Answer]]:
-    """The picture, the method, and what answers questions. Cheap mistakes are told before the model is loaded."""
+    images: list[str], method: str, keep: int | float | None, output: Path | None, **model: Any
+) -> tuple[list[Image], Method, Callable[..., Answer]]:
+    """The pictures, the method, and what answers questions. Cheap mistakes are told before the model is loaded."""
     from visiontrim.core.registry import load_method
 
     chosen = load_method(method, **({} if keep is None else {"keep": keep}))
     if output is not None:
         check_output(output)
-    picture = load_image(image)
+    pictures = [load_image(image) for image in images]
     with _status(f"loading {model['name'] or 'the bundled model'}"):
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
@@ -212,7 +220,15 @@ def _prepare(
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         hub_logging.set_verbosity_error()
-        return picture, chosen, functools.partial(answer, load(**model))
+        return pictures, chosen, functools.partial(answer, load(**model))
+
+
+def _maps(answer: Answer, names: list[str], pictures: list[Image]) -> Image:
+    """The token maps of all pictures, side by side under their names."""
+    from visiontrim.picture import side_by_side
+
+    maps = [answer.run.picture(picture, number) for number, picture in enumerate(pictures)]
+    return maps[0] if len(maps) == 1 else side_by_side(maps, names)
 
 
 def _console() -> Console:

@@ -164,5 +164,5 @@ def _guidance(
         tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
         tower.check_fits(family)
         return tower
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
     return None if tokenizer is None else EmbeddingGuidance(family, tokenizer)

@@ -35,7 +35,7 @@ def resolve(keep: Amount, total: int, name: str = "keep") -> int:
 
 
 def mean_per_layer(first: int, second: int, layer: int, num_layers: int) -> float:
-    """Mean tokens per decoder layer when ``first`` tokens enter and ``second`` go on from ``layer`` (VisionTrim 3.3)."""
+    """Mean tokens per layer when ``first`` tokens enter and ``second`` go on from ``layer`` (VisionTrim 3.3)."""
     return (layer * first + (num_layers - layer) * second) / num_layers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -115,7 +116,7 @@ class Plan(Method):
         object.__setattr__(self, "methods", tuple(flat))
         sites = [step.site for step in self.steps()]
         depths = [site.index if isinstance(site, DecoderLayer) else 0 for site in sites]
-        if any(later <= earlier for earlier, later in zip(depths, depths[1:], strict=False)):
+        if any(later <= earlier for earlier, later in itertools.pairwise(depths)):
             raise TrimError(
                 f"the stages of {self} stand at {', '.join(map(str, sites))}: order them from the vision encoder "
                 "to the last decoder layer, one method per place"

@@ -15,11 +15,11 @@ class StageTrace:
     """What one step left of one image, in terms of the uncompressed image. Tensors stay on the model's device."""
 
     site: Site
-    index: Int[Tensor, "kept"]
+    index: Int[Tensor, " kept"]
     """Raster index, on the image's grid, of the token that each survivor stands for."""
-    assignment: Int[Tensor, "total"]
+    assignment: Int[Tensor, " total"]
     """For every token of the image the survivor (position in ``index``) that carries it, -1 where it is gone."""
-    complement: Bool[Tensor, "kept"]
+    complement: Bool[Tensor, " kept"]
     """Survivors that stand for a cluster of merged tokens."""
 
 

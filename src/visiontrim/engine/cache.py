@@ -30,14 +30,14 @@ class TrimmedLayer(DynamicLayer):
         """Logical length when tokens were last removed; columns before it differ from those of the logical mask."""
         self.key_mask: Bool[Tensor, "batch trimmed_to"] | None = None
         """Valid keys up to ``trimmed_to``, the first ``removed`` columns being meaningless; None: all are valid."""
-        self.shift: Int[Tensor, "batch"] | None = None
+        self.shift: Int[Tensor, " batch"] | None = None
         """What to subtract from logical position ids (``positions="compact"``)."""
 
     @classmethod
     def take_over(cls, layer: DynamicLayer) -> TrimmedLayer:
         """A trimmed layer with the keys and values that ``layer`` holds."""
         new = cls()
-        if layer.is_initialized:
+        if layer.keys is not None and layer.values is not None:
             new.lazy_initialization(layer.keys, layer.values)
             new.keys, new.values = layer.keys, layer.values
         return new
@@ -47,12 +47,12 @@ class TrimmedLayer(DynamicLayer):
         removed: int,
         prompt_end: int,
         mask: Bool[Tensor, "batch keys"] | None,
-        shift: Int[Tensor, "batch"] | None,
+        shift: Int[Tensor, " batch"] | None,
     ) -> None:
         """Record that ``removed`` tokens of the chunk just cached are missing.
 
-        None is missing after the logical position ``prompt_end``, where guesses of assisted decoding may stand. ``mask``
-        is the one the chunk was attended with, so it starts with the columns removed before.
+        None is missing after the logical position ``prompt_end``, where guesses of assisted decoding may stand.
+        ``mask`` is the one the chunk was attended with, so it starts with the columns removed before.
         """
         self.removed += removed
         self.trimmed_to = prompt_end
@@ -90,7 +90,7 @@ class TrimmedLayer(DynamicLayer):
         self.removed = self.trimmed_to = 0
         self.key_mask = self.shift = None
 
-    def reorder_cache(self, beam_idx: Int[Tensor, "batch"]) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
@@ -117,9 +117,9 @@ def check_cache(cache: Cache | None) -> None:
             )
 
 
-def trimmed_layer(cache: Cache, index: int) -> TrimmedLayer | None:
+def trimmed_layer(cache: Cache | None, index: int) -> TrimmedLayer | None:
     """Layer ``index`` of ``cache`` if tokens were removed from it."""
-    layer = cache.layers[index] if index < len(cache.layers) else None
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
     return layer if isinstance(layer, TrimmedLayer) else None
 
 
@@ -131,7 +131,7 @@ def chunk_mask(
     ``past_mask`` is the logical mask [batch, past] of what came before (None: no padding), ``valid`` says which of the
     tokens left are no padding.
     """
-    layer = trimmed_layer(cache, index) if cache is not None else None
+    layer = trimmed_layer(cache, index)
     if layer is not None:
         past_mask = layer.logical_mask(past_mask, past)
     if past_mask is None:
@@ -140,23 +140,30 @@ def chunk_mask(
 
 
 def make_trimmed(cache: Cache, index: int) -> TrimmedLayer:
-    """Make layer ``index`` of ``cache`` one that can lack tokens, with what it holds, and return it."""
+    """Make layer ``index`` of a ``cache`` that :func:`check_cache` let pass one that can lack tokens, and return it."""
     while len(cache.layers) <= index:  # a cache built without a config grows layer by layer
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
-    if not isinstance(layer, TrimmedLayer):
-        layer = cache.layers[index] = TrimmedLayer.take_over(layer)
-    return layer
+    if isinstance(layer, TrimmedLayer):
+        return layer
+    assert isinstance(layer, DynamicLayer)
+    trimmed = cache.layers[index] = TrimmedLayer.take_over(layer)
+    return trimmed
 
 
 def physical_length(cache: Cache, index: int) -> int:
     """Tokens that layer ``index`` really holds."""
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    if layer is None or not layer.is_initialized:
-        return 0
-    return layer.keys.shape[-2]
+    keys, _ = _held(cache, index)
+    return 0 if keys is None else keys.shape[-2]
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values in ``cache``."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    held = (tensor for index in range(len(cache.layers)) for tensor in _held(cache, index))
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def _held(cache: Cache, index: int) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values of a layer; None before anything is cached."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    return getattr(layer, "keys", None), getattr(layer, "values", None)

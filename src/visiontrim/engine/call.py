@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,7 +17,8 @@ from visiontrim.core.view import Keep
 from visiontrim.engine.pack import gather, pack_left
 
 
-class Survivors(NamedTuple):
+@dataclass(frozen=True)
+class Survivors:
     """Which tokens of a group's images are left, in terms of the uncompressed images."""
 
     index: Int[Tensor, "images kept"]
@@ -42,8 +43,8 @@ class Survivors(NamedTuple):
             complement if keep.complement is None else complement | keep.complement,
         )
 
-    def pick(self, images: Int[Tensor, "picked"]) -> Survivors:
-        return Survivors(*(values[images] for values in self))
+    def pick(self, images: Int[Tensor, " picked"]) -> Survivors:
+        return Survivors(self.index[images], self.assignment[images], self.complement[images])
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ class Group:
 
     def trace(self, image: int, sample: int, num_layers: int) -> ImageTrace:
         """The record of one image."""
-        stages = tuple(StageTrace(site, *(values[image] for values in past)) for site, past in self.history)
+        stages = tuple(
+            StageTrace(site, past.index[image], past.assignment[image], past.complement[image])
+            for site, past in self.history
+        )
         return ImageTrace(sample, self.grid, stages, self.per_layer(num_layers))
 
 
@@ -127,12 +131,12 @@ class Call:
 
     owner: object
     """Who began the call and so ends it."""
-    input_ids: Int[Tensor, "batch tokens"] | None = None
-    """The ids that the images were encoded for, which generate() may expand afterwards."""
-    samples: int | None = None
-    """Rows of the caller's batch; None: those of ``input_ids``."""
-    forward_ids: Int[Tensor, "rows tokens"] | None = None
-    """Input ids of the forward in progress, expanded rows included."""
+    input_ids: Int[Tensor, "batch tokens"]
+    """The ids that the images are encoded for, which generate() may expand afterwards."""
+    samples: int
+    """Rows of the caller's batch."""
+    forward_ids: Int[Tensor, "rows tokens"]
+    """Ids of the forward in progress, expanded rows included."""
     prompt_end: int | None = None
     """Logical length of the conversation's prompt; None: the whole of the forward's input is prompt."""
     labels: Int[Tensor, "batch tokens"] | None = None
@@ -201,7 +205,7 @@ class Removal:
 
 @dataclass
 class Forward:
-    """One pass through the language model."""
+    """One pass through the language model on a cache that lacks tokens."""
 
     cache: Cache | None
     mask: Tensor | None
@@ -212,31 +216,38 @@ class Forward:
     """Logical tokens in the cache before."""
     positions: Tensor
     """Logical position ids of the chunk, [batch or 1, length] or [channels, batch, length]."""
-    call: Call | None = None
-    """Set when this pass prunes."""
-    alive: Alive | None = None
-    """What is left of the chunk; None in a pass that does not prune."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """What decoder layers get from here on instead of the model's own keyword arguments."""
+
+    @property
+    def past_mask(self) -> Tensor | None:
+        """The mask of what the cache held before."""
+        return None if self.mask is None else self.mask[:, : self.past]
+
+
+@dataclass
+class Prefill(Forward):
+    """A pass that carries images, so that tokens are removed in it."""
+
+    call: Call = field(kw_only=True)
+    alive: Alive = field(kw_only=True)
+    """What is left of the chunk."""
     groups: list[Group] = field(default_factory=list)
     """The images of all rows, beams included."""
-    rows: list[Int[Tensor, "images"]] = field(default_factory=list)
+    rows: list[Int[Tensor, " images"]] = field(default_factory=list)
     """For every group the batch rows of its images."""
     removals: list[Removal] = field(default_factory=list)
-    overrides: dict[str, object] = field(default_factory=dict)
-    """What decoder layers get from here on instead of the model's own keyword arguments."""
 
     @property
     def prompt_end(self) -> int:
         """Logical end of the prompt; what follows in the chunk are guesses of assisted decoding."""
         end = self.past + self.length
-        return end if self.call is None or self.call.prompt_end is None else min(end, self.call.prompt_end)
-
-    @property
-    def past_mask(self) -> Tensor | None:
-        return None if self.mask is None else self.mask[:, : self.past]
+        return end if self.call.prompt_end is None else min(end, self.call.prompt_end)
 
     @property
     def chunk_valid(self) -> Bool[Tensor, "batch length"]:
         """Which tokens of the uncompressed chunk are no padding."""
         if self.mask is not None:
             return self.mask[:, -self.length :].bool()
-        return torch.ones_like(self.alive.origin[:, :1], dtype=torch.bool).expand(-1, self.length)
+        batch = self.alive.origin.shape[0]
+        return torch.ones(batch, self.length, dtype=torch.bool, device=self.alive.origin.device)

@@ -8,6 +8,7 @@ and put the last hidden states back to full length on the way out.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from visiontrim.engine.cache import (
     physical_length,
     trimmed_layer,
 )
-from visiontrim.engine.call import Alive, Call, Forward, Removal
+from visiontrim.engine.call import Alive, Call, Forward, Prefill, Removal
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.models.family import Family
@@ -72,55 +73,58 @@ class LanguageStage:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
         past = cache.get_seq_length() if cache is not None else 0
+        batch, length = embeds.shape[:2]
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
+            positions = torch.arange(past, past + length, device=embeds.device)[None]
         if self._compact and positions.ndim != 2:
-            raise TrimError(f"positions='compact' needs one position per token, not {positions.ndim - 1} axes: use 'keep'")
-        forward = self._session.forward = Forward(cache, mask, embeds.shape[1], past, positions)
-        if prunes:
-            self._start_pruning(forward, call, embeds)
-        if prunes and any(group.kept < group.total for group in forward.groups):
+            raise TrimError(
+                f"positions='compact' needs one position per token, but here are {len(positions)}: use 'keep'"
+            )
+        if call is not None and call.carries_vision:
+            origin = torch.arange(length, device=embeds.device).expand(batch, -1)
+            alive = Alive(origin, torch.ones_like(origin, dtype=torch.bool), [])
+            forward = Prefill(cache, mask, length, past, positions, call=call, alive=alive)
+            forward.alive.valid = forward.chunk_valid
+            place_groups(forward, self._family.placeholders(call.forward_ids))
+        else:
+            forward = Forward(cache, mask, length, past, positions)
+        self._session.forward = forward
+        first = trimmed_layer(cache, 0)
+        if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
-        elif (first := trimmed_layer(cache, 0) if cache is not None else None) is not None:
-            kwargs["attention_mask"] = first.logical_mask(mask, past + forward.length)
+        elif first is not None:
+            kwargs["attention_mask"] = first.logical_mask(mask, past + length)
             if first.shift is not None:
                 kwargs["position_ids"] = positions - first.shift[:, None]
         return args, kwargs
 
-    def _start_pruning(self, forward: Forward, call: Call, embeds: Tensor) -> None:
-        """Find every image's tokens in the chunk."""
-        forward.call = call
-        origin = torch.arange(forward.length, device=embeds.device).expand(embeds.shape[0], -1)
-        forward.alive = Alive(origin, torch.ones_like(origin, dtype=torch.bool), [])
-        forward.alive.valid = forward.chunk_valid
-        place_groups(forward, self._family.placeholders(forward.call.forward_ids))
-
-    def _prune_at_seam(self, forward: Forward, kwargs: dict) -> None:
+    def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
         embeds = kwargs["inputs_embeds"]
         columns = [
             column.gather(1, group.now.index.sort(-1).values)
-            for column, group in zip(forward.alive.columns, forward.groups, strict=True)
+            for column, group in zip(prefill.alive.columns, prefill.groups, strict=True)
         ]
-        image = self._family.placeholders(forward.call.forward_ids)
-        index = self._narrow(forward, 0, ~(image & is_empty_slot(embeds)), columns)
+        image = self._family.placeholders(prefill.call.forward_ids)
+        index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns)
         kwargs["inputs_embeds"] = gather(embeds, index)
-        kwargs["position_ids"] = self._positions(forward, 0)
-        kwargs["attention_mask"] = chunk_mask(
-            forward.cache, 0, forward.past_mask, forward.past, forward.alive.valid
-        )
+        kwargs["position_ids"] = self._positions(prefill, 0)
+        kwargs["attention_mask"] = self._chunk_mask(prefill, 0)
 
-    def _narrow(self, forward: Forward, layer: int, keep: Tensor, columns: list[Tensor]) -> Tensor:
+    def _narrow(self, prefill: Prefill, layer: int, keep: Tensor, columns: list[Tensor]) -> Tensor:
         """Drop tokens from decoder layer ``layer`` on; returns the places, before, of what is left."""
-        index, forward.alive = forward.alive.narrowed(keep, columns, forward.rows)
-        forward.removals.append(Removal(layer, forward.alive))
-        forward.overrides["position_ids"] = None  # layers use them for nothing but finding packed sequences
+        index, prefill.alive = prefill.alive.narrowed(keep, columns, prefill.rows)
+        prefill.removals.append(Removal(layer, prefill.alive))
+        prefill.overrides["position_ids"] = None  # layers use them for nothing but finding packed sequences
         return index
+
+    def _chunk_mask(self, prefill: Prefill, layer: int) -> Tensor:
+        return chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, prefill.alive.valid)
 
     def _positions(self, forward: Forward, layer: int) -> Tensor:
         """Position ids of what is left of the chunk, for decoder layer ``layer``."""
         positions = forward.positions
-        if forward.alive is not None:
+        if isinstance(forward, Prefill):
             origin = forward.alive.origin
             if positions.ndim == 3:
                 positions = torch.stack([gather(channel, origin) for channel in positions])
@@ -128,10 +132,10 @@ class LanguageStage:
                 positions = gather(positions, origin)
         if not self._compact:
             return positions
-        earlier = trimmed_layer(forward.cache, layer) if forward.cache is not None else None
+        earlier = trimmed_layer(forward.cache, layer)
         if earlier is not None and earlier.shift is not None:
             positions = positions - earlier.shift[:, None]
-        if forward.alive is not None:
+        if isinstance(forward, Prefill):
             rank_before = gather(forward.chunk_valid.cumsum(1), forward.alive.origin)
             positions = positions - (rank_before - forward.alive.valid.cumsum(1))
         return positions
@@ -153,22 +157,23 @@ class LanguageStage:
 
         return hook
 
-    def _start_segment(self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _start_segment(self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Select at a language stage, and fix what the layers of its segment get."""
-        cache, index = forward.cache, None
-        if forward.call is not None:
+        cache, earlier, index = forward.cache, trimmed_layer(forward.cache, layer), None
+        if isinstance(forward, Prefill):
             with self._session.clock("method"), torch.no_grad():
-                hidden, keep, columns = select_between_layers(forward, self._steps[layer], hidden, len(self._model.layers))
+                hidden, keep, columns = select_between_layers(
+                    forward, self._steps[layer], hidden, len(self._model.layers)
+                )
             if columns is not None:
                 index = self._narrow(forward, layer, keep, columns)
                 hidden = gather(hidden, index)
-        earlier = trimmed_layer(cache, layer) if cache is not None else None
-        if not forward.removals and earlier is None:
-            return hidden
-        if forward.removals:
-            mask = chunk_mask(cache, layer, forward.past_mask, forward.past, forward.alive.valid)
-        else:
+        if isinstance(forward, Prefill) and forward.removals:
+            mask = self._chunk_mask(forward, layer)
+        elif earlier is not None:
             mask = earlier.logical_mask(forward.mask, forward.past + forward.length)
+        else:  # nothing is missing here
+            return hidden
         forward.overrides["attention_mask"] = create_causal_mask(
             config=self._model.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, layer_idx=layer
         )
@@ -181,61 +186,60 @@ class LanguageStage:
         return hidden
 
     def _leave(self, module, args, kwargs, output):
-        forward: Forward | None = self._session.forward
+        prefill: Forward | None = self._session.forward
         self._session.forward = None
-        if forward is None or forward.call is None or output is None:  # None: the forward raised
+        if not isinstance(prefill, Prefill) or output is None:  # None: the forward raised
             return None
-        self._note_removals(forward)
-        self._session.finish(self._trace(forward))
-        if not forward.removals:
+        self._note_removals(prefill)
+        self._session.finish(self._trace(prefill))
+        if not prefill.removals:
             return None
-        alive = forward.alive
-        hidden = unpack(output.last_hidden_state, alive.origin, alive.valid, forward.length)
-        if forward.call.labels is not None:
-            left = torch.zeros_like(forward.call.labels).scatter_add_(1, alive.origin, alive.valid.long())
-            forward.call.labels.masked_fill_(left == 0, -100)
-        output["last_hidden_state"] = hidden
+        alive, labels = prefill.alive, prefill.call.labels
+        output["last_hidden_state"] = unpack(output.last_hidden_state, alive.origin, alive.valid, prefill.length)
+        if labels is not None:
+            left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
+            labels.masked_fill_(left == 0, -100)
         return output
 
-    def _note_removals(self, forward: Forward) -> None:
+    def _note_removals(self, prefill: Prefill) -> None:
         """Tell every cache layer which of its tokens are missing."""
-        cache = forward.cache
-        if cache is None or not forward.removals:
+        cache = prefill.cache
+        if cache is None or not prefill.removals:
             return
-        ends = [removal.start for removal in forward.removals[1:]] + [len(self._model.layers)]
-        for removal, end in zip(forward.removals, ends, strict=True):
-            alive = removal.alive
-            padded = not bool(alive.valid.all())
+        ends = [removal.start for removal in prefill.removals[1:]] + [len(self._model.layers)]
+        for removal, end in zip(prefill.removals, ends, strict=True):
+            valid = removal.alive.valid
+            padded = not bool(valid.all())
             for index in range(removal.start, end):
                 shift, mask = None, None
                 layer = make_trimmed(cache, index)
-                if padded or forward.past:
-                    mask = chunk_mask(cache, index, forward.past_mask, forward.past, alive.valid)
+                if padded or prefill.past:
+                    mask = chunk_mask(cache, index, prefill.past_mask, prefill.past, valid)
                 if self._compact:
-                    shift = forward.chunk_valid.sum(1) - alive.valid.sum(1)
+                    shift = prefill.chunk_valid.sum(1) - valid.sum(1)
                     shift = shift if layer.shift is None else shift + layer.shift
-                layer.note_removal(forward.length - alive.origin.shape[1], forward.prompt_end, mask, shift)
+                layer.note_removal(prefill.length - valid.shape[1], prefill.prompt_end, mask, shift)
 
-    def _trace(self, forward: Forward) -> Trace:
-        cache, layers = forward.cache, len(self._model.layers)
-        batch = forward.alive.origin.shape[0]
-        copies = batch // (forward.call.samples or forward.call.input_ids.shape[0])
+    def _trace(self, prefill: Prefill) -> Trace:
+        cache, layers = prefill.cache, len(self._model.layers)
+        batch = prefill.alive.origin.shape[0]
+        copies = batch // prefill.call.samples
         images = sorted(
             (row, number, image)
-            for number, group in enumerate(forward.groups)
+            for number, group in enumerate(prefill.groups)
             for image, row in enumerate(group.rows)
             if row % copies == 0
         )
-        widths = [forward.length] * layers
-        for removal in forward.removals:
+        widths = [prefill.length] * layers
+        for removal in prefill.removals:
             widths[removal.start :] = [removal.alive.origin.shape[1]] * (layers - removal.start)
         lengths = () if cache is None else tuple(physical_length(cache, index) for index in range(layers))
         return Trace(
-            images=tuple(forward.groups[n].trace(image, row // copies, layers) for row, n, image in images),
+            images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, n, image in images),
             batch=batch,
             copies=copies,
-            length=forward.length,
-            past=forward.past,
+            length=prefill.length,
+            past=prefill.past,
             widths=tuple(widths),
             cache_lengths=lengths,
             cache_bytes=0 if cache is None else cache_bytes(cache),

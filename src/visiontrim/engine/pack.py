@@ -61,7 +61,9 @@ def unpack(
     of the surviving tokens are those of the packed sequence. Rows with no kept token before get zeros.
     """
     # padding points at token 0: adding its zeros cannot hide a kept token 0
-    kept = torch.zeros(index.shape[0], tokens, dtype=torch.long, device=index.device).scatter_add_(1, index, valid.long())
+    kept = torch.zeros(index.shape[0], tokens, dtype=torch.long, device=index.device).scatter_add_(
+        1, index, valid.long()
+    )
     rank = kept.cumsum(1)
     padding = (~valid).sum(1, keepdim=True)
     full = gather(values, (rank - 1 + padding).clamp_min(0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,8 +27,8 @@ class AttentionProbe:
     """Lets ``listener`` hear the attention module ``module``; :meth:`remove` gives the module its own config back."""
 
     def __init__(self, module: nn.Module, listener: Listener) -> None:
-        self._module = module
-        self._config = module.config
+        self._module: Any = module
+        self._config: Any = module.config
         base = self._config._attn_implementation or "eager"
         # the base name stays inside: transformers looks for "flash" in the name of an implementation
         name = f"visiontrim_probe::{base}"
@@ -35,7 +36,7 @@ class AttentionProbe:
             AttentionInterface.register(name, _audible(base))
         config = copy.copy(self._config)
         config._attn_implementation_internal = name
-        module.config = config
+        self._module.config = config
         _listeners[module] = listener
 
     def remove(self) -> None:

@@ -9,32 +9,32 @@ from torch import Tensor
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
 from visiontrim.core.view import Text, View
-from visiontrim.engine.call import Forward, Group
+from visiontrim.engine.call import Group, Prefill
 
 
-def place_groups(forward: Forward, image: Bool[Tensor, "batch length"]) -> None:
+def place_groups(prefill: Prefill, image: Bool[Tensor, "batch length"]) -> None:
     """Find the tokens of every image of the call in the chunk, whose placeholders are ``image``.
 
     When generate() has expanded the batch (beams, several sequences), each row gets its own copy of the groups.
     Raises :class:`TrimError` if placeholders and images do not fit.
     """
-    call = forward.call
+    call = prefill.call
     copies = image.shape[0] // call.input_ids.shape[0]
-    forward.groups = [_expanded(group, copies) for group in call.groups]
-    forward.rows = [torch.tensor(group.rows, device=image.device) for group in forward.groups]
-    owners = sorted((row, n, i) for n, group in enumerate(forward.groups) for i, row in enumerate(group.rows))
-    expected = sum(group.total * len(group.rows) for group in forward.groups)
+    prefill.groups = [_expanded(group, copies) for group in call.groups]
+    prefill.rows = [torch.tensor(group.rows, device=image.device) for group in prefill.groups]
+    owners = sorted((row, n, i) for n, group in enumerate(prefill.groups) for i, row in enumerate(group.rows))
+    expected = sum(group.total * len(group.rows) for group in prefill.groups)
     places = image.nonzero()[:, 1]
     if not expected or len(places) != expected:
         raise TrimError(
             f"this forward holds {len(places)} image placeholders but {expected} vision tokens were encoded in this "
             "run: pass pixel_values, and the whole prompt in one forward"
         )
-    parts = torch.split(places, [forward.groups[n].total for _, n, _ in owners])
-    columns: list[list[Tensor]] = [[] for _ in forward.groups]
+    parts = torch.split(places, [prefill.groups[n].total for _, n, _ in owners])
+    columns: list[list[Tensor]] = [[] for _ in prefill.groups]
     for part, (_, n, _) in zip(parts, owners, strict=True):
         columns[n].append(part)
-    forward.alive.columns = [torch.stack(column) for column in columns]
+    prefill.alive.columns = [torch.stack(column) for column in columns]
 
 
 def _expanded(group: Group, copies: int) -> Group:
@@ -54,24 +54,24 @@ def _expanded(group: Group, copies: int) -> Group:
 
 
 def select_between_layers(
-    forward: Forward, step: Step, hidden: Float[Tensor, "batch tokens dim"], num_layers: int
+    prefill: Prefill, step: Step, hidden: Float[Tensor, "batch tokens dim"], num_layers: int
 ) -> tuple[Tensor, Bool[Tensor, "batch tokens"], list[Int[Tensor, "images kept"]] | None]:
     """Let ``step`` select among the vision tokens that are left.
 
     Returns the hidden states (with merged ones written in), which of their tokens stay, and for every group the places
     of its surviving tokens; None in place of the latter if all stay.
     """
-    alive = forward.alive
+    alive = prefill.alive
     keep = torch.ones_like(alive.valid)
     image = torch.zeros_like(keep)
-    for rows, column in zip(forward.rows, alive.columns, strict=True):
+    for rows, column in zip(prefill.rows, alive.columns, strict=True):
         image[rows[:, None], column] = True
-    asked = alive.valid & (alive.origin < forward.prompt_end - forward.past)
+    asked = alive.valid & (alive.origin < prefill.prompt_end - prefill.past)
     width = torch.arange(1, keep.shape[1] + 1, device=keep.device)
     last = (asked * width).argmax(1)
 
     columns, groups, merged = [], [], hidden
-    for group, rows, column in zip(forward.groups, forward.rows, alive.columns, strict=True):
+    for group, rows, column in zip(prefill.groups, prefill.rows, alive.columns, strict=True):
         text = None
         if "text" in step.needs:
             text = _text_after(hidden, rows, column, asked & ~image, last)
@@ -93,17 +93,17 @@ def select_between_layers(
         keep[rows[:, None], stays] = True
         columns.append(stays)
         groups.append(group.after(kept, step.site))
-    unchanged = all(new.kept == old.kept for new, old in zip(groups, forward.groups, strict=True))
-    forward.groups = groups
+    unchanged = all(new.kept == old.kept for new, old in zip(groups, prefill.groups, strict=True))
+    prefill.groups = groups
     return merged, keep, None if unchanged else columns
 
 
 def _text_after(
     hidden: Float[Tensor, "batch tokens dim"],
-    rows: Int[Tensor, "images"],
+    rows: Int[Tensor, " images"],
     column: Int[Tensor, "images kept"],
     is_text: Bool[Tensor, "batch tokens"],
-    last: Int[Tensor, "batch"],
+    last: Int[Tensor, " batch"],
 ) -> Text:
     """Hidden states of the text after each image; of the last prompt position, if the prompt ends with the image."""
     ends = column[:, -1]

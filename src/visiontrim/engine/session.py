@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
-import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from visiontrim.core.errors import TrimError
@@ -110,48 +109,52 @@ class Session:
         if past and end == ids.shape[1]:  # the whole conversation: generate() goes on after what is cached
             ids = ids[:, past:]
         if kwargs.get("mm_encoder_outputs"):
-            raise TrimError("mm_encoder_outputs were computed outside of this run: pass pixel_values instead")
+            raise TrimError(_FOREIGN_FEATURES)
         if kwargs.get("pixel_values") is None and bool(self._family.placeholders(ids).any()):
             raise TrimError(
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
             )
-        token = self._call.set(Call(owner=None, input_ids=ids, samples=ids.shape[0], prompt_end=end))
+        token = self._call.set(Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end))
         try:
             return generate(*args, **kwargs)
         finally:
             self._call.reset(token)
 
     def _begin_forward(self, module, args, kwargs):
-        call = self.call
-        if call is None:
-            call = Call(owner=module)
-            self._call.set(call)
-        if kwargs.get("labels") is not None:
-            call.labels = kwargs["labels"].clone()
-            kwargs["labels"] = call.labels
-        if module is not self._family.core:
-            return args, kwargs
         ids = kwargs.get("input_ids", args[0] if args else None)
         pixels = kwargs.get("pixel_values") is not None
-        encoded = any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
-        call.carries_vision = pixels or encoded
-        if not call.carries_vision:
-            return None
+        features = any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
         if ids is None:
-            raise TrimError(
-                "the prompt came as inputs_embeds alone, in which image placeholders cannot be found: pass input_ids"
-            )
-        call.forward_ids = ids
-        if pixels or call.input_ids is None:  # the encoder runs within this forward, on its rows
+            if pixels or features:
+                raise TrimError(
+                    "the prompt came as inputs_embeds, in which image placeholders cannot be found: pass input_ids"
+                )
+            return None
+        call = self.call
+        if call is None:
+            if features:
+                raise TrimError(_FOREIGN_FEATURES)
+            call = Call(module, ids, samples=ids.shape[0], forward_ids=ids)
+            self._call.set(call)
+        call.carries_vision = pixels or features
+        if call.carries_vision:
+            call.forward_ids = ids
+        if pixels:  # the encoder runs within this forward, on its rows
             call.input_ids = ids
             call.groups.clear()
-        return None
+        if kwargs.get("labels") is None:
+            return None
+        call.labels = kwargs["labels"].clone()
+        return args, kwargs | {"labels": call.labels}
 
     def _end_forward(self, module, args, output) -> None:
         call = self.call
         if call is not None and call.owner is module:
             self._call.set(None)
+
+
+_FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"
 
 
 def _by_site(method: Method, num_layers: int) -> tuple[Step | None, dict[int, Step]]:
@@ -163,7 +166,9 @@ def _by_site(method: Method, num_layers: int) -> tuple[Step | None, dict[int, St
                 vision = step
             case DecoderLayer(index):
                 if index >= num_layers:
-                    raise TrimError(f"{method} acts before decoder layer {index}, but the model has {num_layers} layers")
+                    raise TrimError(
+                        f"{method} acts before decoder layer {index}, but the model has {num_layers} layers"
+                    )
                 language[index] = step
     return vision, language
 

@@ -63,7 +63,7 @@ class VisionStage:
 
     def _after_encoder(self, module, args, output) -> None:
         call = self._session.call
-        if call is not None and "joint_last" in self._needs:
+        if call is not None and call.encoding is not None:
             call.encoding.last_hidden = output.last_hidden_state
 
     def _before_projector(self, module, args):
@@ -78,7 +78,7 @@ class VisionStage:
         )
         if self._step is not None:
             with self._session.clock("method"), torch.no_grad():
-                keep = self._step.select(self._view(call, group, features))
+                keep = self._step.select(self._view(call, encoding, group, features))
             group = group.after(keep, self._step.site)
             if keep.index.shape[1] < group.total or keep.features is not None:
                 encoding.slots = keep.index.sort(-1).values
@@ -97,8 +97,7 @@ class VisionStage:
         frames, rows, columns = encoding.grid
         return to_slots(output, encoding.slots, frames * rows * columns)
 
-    def _view(self, call: Call, group: Group, features: Tensor) -> View:
-        encoding = call.encoding
+    def _view(self, call: Call, encoding: Encoding, group: Group, features: Tensor) -> View:
         if features.shape[1] != group.total:
             frames, rows, columns = group.grid
             raise TrimError(
@@ -110,11 +109,8 @@ class VisionStage:
         if guidance is not None and "text" in self._needs:
             text = self._questions.for_rows(group.rows, call.input_ids.shape[0], features.device)
             if text is not None:
-                joint = guidance.embed(
-                    self._family.normalised_last_hidden(encoding.last_hidden)
-                    if "joint_last" in self._needs
-                    else features
-                )
+                last = encoding.last_hidden if "joint_last" in self._needs else None
+                joint = guidance.embed(features if last is None else self._family.normalised_last_hidden(last))
         return View(
             features=features,
             coordinates=group.coordinates,

@@ -7,11 +7,11 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from visiontrim.core.errors import TrimError
@@ -28,26 +28,26 @@ class Family(ABC):
     """Tokens before the patches in the encoder's sequence: 1 with [CLS], else 0."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model: Any = model
 
     @property
     @abstractmethod
-    def core(self) -> nn.Module:
+    def core(self) -> Any:
         """The module that calls encoder, projector and language model, and sees ``input_ids``."""
 
     @property
     @abstractmethod
-    def vision_tower(self) -> nn.Module:
+    def vision_tower(self) -> Any:
         """The encoder: called with ``pixel_values``."""
 
     @property
     @abstractmethod
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         """Called with the selected patch features [images, tokens, dim]; maps every token by itself."""
 
     @property
     @abstractmethod
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         """The text model without its head; has ``layers``, ``rotary_emb`` and ``embed_tokens``."""
 
     @property
@@ -66,7 +66,7 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def scored_attention(self) -> nn.Module:
+    def scored_attention(self) -> Any:
         """The attention module of the encoder layer whose output is projected."""
 
     @abstractmethod

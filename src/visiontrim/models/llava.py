@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from visiontrim.core.errors import TrimError
@@ -32,19 +34,19 @@ class Llava(Family):
             )
 
     @property
-    def core(self) -> nn.Module:
+    def core(self) -> Any:
         return self.model.model
 
     @property
-    def vision_tower(self) -> nn.Module:
+    def vision_tower(self) -> Any:
         return self.core.vision_tower
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         return self.core.multi_modal_projector
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.core.language_model
 
     @property
@@ -56,7 +58,7 @@ class Llava(Family):
         return self.model.config.vision_config.hidden_size
 
     @property
-    def scored_attention(self) -> nn.Module:
+    def scored_attention(self) -> Any:
         layers = self.vision_tower.encoder.layers
         # hidden_states[0] are the embeddings, so state i is the output of layer i - 1
         state = self.model.config.vision_feature_layer % (len(layers) + 1)

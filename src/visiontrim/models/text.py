@@ -49,7 +49,7 @@ class TextTower(Guidance):
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.context: int = model.config.text_config.max_position_embeddings
+        self.context: int = model.text_model.config.max_position_embeddings
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs) -> TextTower:

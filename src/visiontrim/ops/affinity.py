@@ -160,7 +160,7 @@ def _pair_norms(
 
 def _deviation(
     norms: Float[Tensor, "batch tokens pairs"], present: Bool[Tensor, "batch tokens pairs"]
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """Standard deviation over the pairs of each image; 0 where nothing but rounding makes them differ."""
     count = present.sum((1, 2)).clamp(min=1)
     mean = (norms * present).sum((1, 2)) / count
@@ -169,7 +169,7 @@ def _deviation(
 
 
 def _squared_ratio(
-    norms: Float[Tensor, "batch tokens pairs"], weight: float, sigma: Float[Tensor, "batch"]
+    norms: Float[Tensor, "batch tokens pairs"], weight: float, sigma: Float[Tensor, " batch"]
 ) -> Float[Tensor, "batch tokens pairs"]:
     inverse = (1 / (weight * sigma)).masked_fill(sigma == 0, 0.0)
     return (norms * inverse[:, None, None]).square()

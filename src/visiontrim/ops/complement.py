@@ -73,8 +73,9 @@ def complement(
     tokens = unit(space)
 
     index = top_k(_relevance(tokens, blocks, softmax), count)
-    ordinals = torch.arange(count, device=index.device).expand_as(index)
-    own = torch.full(space.shape[:2], -1, device=index.device).scatter(1, index, ordinals)
+    ordinals = torch.arange(count, device=index.device)
+    own = torch.full(space.shape[:2], -1, device=index.device).scatter(1, index, ordinals.expand_as(index))
+    others = (own < 0)[..., None]
     both = torch.cat([source, space], -1)
     total = centres = gather(both, index)
     terms = torch.ones_like(total[..., :1])
@@ -83,7 +84,7 @@ def complement(
     for _ in range(iterations if count else 0):
         agreement = _agreement(tokens, unit(centres[..., source.shape[-1] :]), blocks, normaliser)
         nearest = agreement.argmax(-1)
-        weights = F.one_hot(nearest, count).masked_fill((own >= 0)[..., None], 0).float()
+        weights = ((nearest[..., None] == ordinals) & others).float()
         if merge != "uniform":
             weights = weights * agreement
         size = weights.sum(1)[..., None]

@@ -32,14 +32,14 @@ def gather(values: Shaped[Tensor, "batch tokens *rest"], index: Int[Tensor, "bat
     return values.gather(1, index.view(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing))
 
 
-def even_stride(tokens: int, count: int) -> Int[Tensor, "{count}"]:
+def even_stride(tokens: int, count: int) -> Int[Tensor, " {count}"]:
     """``count`` indices below ``tokens``, ascending: the centres of as many equal intervals. On the CPU."""
     if not 0 <= count <= tokens:
         raise ValueError(f"{count} of {tokens} tokens cannot be selected")
     return ((2 * torch.arange(count) + 1) * tokens).div(2 * max(count, 1), rounding_mode="floor")
 
 
-def uniform_stride(grid: tuple[int, int, int], count: int) -> Int[Tensor, "{count}"]:
+def uniform_stride(grid: tuple[int, int, int], count: int) -> Int[Tensor, " {count}"]:
     """Exactly ``count`` raster indices spread evenly over the frames, rows and columns of ``grid``. On the CPU.
 
     The count is shared out over the frames, and within a frame over about sqrt(count rows / columns) rows (the lattice
@@ -58,7 +58,7 @@ def uniform_stride(grid: tuple[int, int, int], count: int) -> Int[Tensor, "{coun
     return torch.cat(lattices) if lattices else used
 
 
-def _frame_lattice(rows: int, columns: int, count: int) -> Int[Tensor, "{count}"]:
+def _frame_lattice(rows: int, columns: int, count: int) -> Int[Tensor, " {count}"]:
     fewest = -(-count // columns)  # a row holds at most ``columns``
     lines = min(rows, count, max(fewest, round((count * rows / columns) ** 0.5)))
     used = even_stride(rows, lines)

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 LOG, TABLE = RESULTS / "defaults.jsonl", RESULTS / "defaults.md"
 
 RULES = ["inverse_variance", "variance", "standardised", "cls", "local", "max", "geometric", "mean", "harmonic"]
-MERGES = [f"merge={merge},patch_space={space}" for merge in ("add", "mean", "uniform") for space in ("features", "last")]
+MERGES = [f"merge={m},patch_space={space}" for m in ("add", "mean", "uniform") for space in ("features", "last")]
 DVTS = "visiontrim:guidance=none,fusion="
 FULL = "visiontrim:fusion=cls,"
 BEST = FULL + "merge=mean,patch_space=last,"
@@ -59,14 +59,10 @@ BLOCKS: dict[str, tuple[list[str], list[int]]] = {
 
 
 def settings() -> Iterator[tuple[str, int]]:
-    """Every (method, keep) of the blocks, once."""
+    """Every (method, keep) of the blocks, once; 32 tokens, where methods separate best, come first."""
     yield "none", 0
-    seen = set()
-    for methods, keeps in BLOCKS.values():
-        for method, keep in itertools.product(methods, keeps):
-            if (method, keep) not in seen:
-                seen.add((method, keep))
-                yield method, keep
+    every = {pair: None for methods, keeps in BLOCKS.values() for pair in itertools.product(methods, keeps)}
+    yield from sorted(every, key=lambda pair: (pair[1] != 32, -pair[1]))
 
 
 def right_answers(bundle: zoo.Bundle, samples: list[zoo.Sample], method: str, keep: int) -> list[int]:

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import install_import_hook
 
 install_import_hook(["visiontrim.core", "visiontrim.ops"], "shapes.checker")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
 
 
 @pytest.fixture

@@ -263,18 +263,17 @@ def test_progress_is_for_terminals(scene):
 
 def test_prompts(monkeypatch):
     speaker = load()
-    templated = encode(speaker, SAMPLES[0].image, QUESTION)
+    templated = encode(speaker, [SAMPLES[0].image], QUESTION)
     written = speaker.processor(images=SAMPLES[0].image, text=zoo.PROMPT.format(question=QUESTION), return_tensors="pt")
     assert torch.equal(templated["input_ids"], written["input_ids"])
     assert torch.equal(templated["pixel_values"], written["pixel_values"])
     monkeypatch.setattr(speaker.processor, "chat_template", None)
-    bare = encode(speaker, SAMPLES[0].image, QUESTION)
-    fallback = speaker.processor(
-        images=SAMPLES[0].image, text=FALLBACK_PROMPT.format(question=QUESTION), return_tensors="pt"
-    )
+    bare = encode(speaker, [SAMPLES[0].image], QUESTION)
+    prompt = FALLBACK_PROMPT.format(images="<image>\n", question=QUESTION)
+    fallback = speaker.processor(images=SAMPLES[0].image, text=prompt, return_tensors="pt")
     assert torch.equal(bare["input_ids"], fallback["input_ids"])
     with pytest.raises(TrimError, match="<image>"):
-        encode(speaker, SAMPLES[0].image, "what is <image> ?")
+        encode(speaker, [SAMPLES[0].image], "what is <image> ?")
 
 
 @pytest.mark.parametrize("name", [None, str(zoo.MODEL_DIR)])
@@ -283,5 +282,19 @@ def test_dtype(name):
     assert speaker.model.dtype == torch.bfloat16
     assert speaker.text_tower is not None
     assert speaker.text_tower.model.dtype == torch.bfloat16
-    assert encode(speaker, SAMPLES[0].image, QUESTION)["pixel_values"].dtype == torch.bfloat16
+    assert encode(speaker, [SAMPLES[0].image], QUESTION)["pixel_values"].dtype == torch.bfloat16
     assert load(name, device="cpu").model.dtype == torch.float32
+
+
+def test_the_examples_keep_48_and_16_of_576(cli):
+    pictures = sorted((Path(__file__).parent.parent / "examples").glob("*.png"))
+    assert pictures
+    question = "what color is the star?"
+    code, out, _ = cli("ask", *pictures, question, "--keep", "64", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["tokens"] == {"input": 576, "kept": 64, "per_layer": [64] * 5, "mean": 64.0}
+    assert told["trace"] == {"vision": {"dominant": 48, "complement": 16}}
+    text = len(["<s>", "USER:", "what", "color", "is", "the", "star", "?", "ASSISTANT:"])
+    layers, heads, head_dim, size = 5, 3, 64, 4
+    assert told["kv_bytes"] == 2 * layers * heads * head_dim * size * (text + 64 * len(pictures))

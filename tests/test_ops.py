@@ -358,19 +358,6 @@ def test_complement_is_the_loop(seed, leftover, words, cosine, merge, iterations
         torch.testing.assert_close(ours.features[image], merged.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scores", ["softmax", "raw"])
-def test_complement_in_blocks_of_text(monkeypatch, scores):
-    features, joint, text = complement_case(0, 20, 11)
-    mask = torch.arange(11).expand(2, -1) < torch.tensor([[11], [3]])
-    options = {"scale": 5.0, "scores": scores, "merge": "uniform"}
-    whole = complement.complement(features, joint, text, mask, 4, **options)
-    monkeypatch.setattr(complement, "PAIRS", 40)  # two words at a time; the second text ends before most blocks
-    blocks = complement.complement(features, joint, text, mask, 4, **options)
-    assert torch.equal(blocks.centres, whole.centres)
-    assert torch.equal(blocks.assignment, whole.assignment)
-    torch.testing.assert_close(blocks.features, whole.features)
-
-
 def test_mean_merging_takes_the_clusters_of_add_at_the_scale_of_a_feature():
     features, joint, text = complement_case(5, 40, 6, batch=1)
     mask = torch.ones(1, 6, dtype=torch.bool)

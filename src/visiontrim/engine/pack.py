@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from visiontrim.ops import select
+
 _SIGNATURE = (float("inf"), float("-inf"), float("inf"), float("-inf"))
 """First entries of an empty slot's features. Infinities survive every cast, copy and beam expansion, no projector
 gives this pattern, and a genuine NaN is not taken for it."""
@@ -28,11 +30,8 @@ def is_empty_slot(features: Float[Tensor, "*shape dim"]) -> Bool[Tensor, "*shape
 
 
 def gather(values: Tensor, index: Int[Tensor, "batch kept"]) -> Tensor:
-    """``values[b, index[b, j]]`` for values of shape [batch or 1, tokens, ...]."""
-    index = index.to(values.device)
-    values = values.expand(index.shape[0], *values.shape[1:])
-    tail = values.shape[2:]
-    return values.gather(1, index.view(*index.shape, *(1,) * len(tail)).expand(*index.shape, *tail))
+    """``values[b, index[b, j]]`` for values of shape [batch or 1, tokens, ...], on their device."""
+    return select.gather(values.expand(index.shape[0], *values.shape[1:]), index.to(values.device))
 
 
 def pack_left(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from visiontrim.core.view import Keep, Text, View
-from visiontrim.ops.complement import Complement, Merge, Scores, complement
+from visiontrim.ops.complement import Merge, Scores, complement
 from visiontrim.ops.select import gather, leftovers, top_k
 
 
@@ -52,26 +52,13 @@ def keep_with_complement(
         merge=merge,
         iterations=iterations,
     )
-    index, features, assignment = _joined(view.features, index, rest, merged)
-    added_last = (torch.arange(dominant + added, device=index.device) >= dominant).expand_as(index)
-    if not raster:
-        return Keep(index, features, assignment, added_last)
-    order = index.argsort(1)
-    place = order.argsort(1)
-    moved = torch.where(assignment >= 0, place.gather(1, assignment.clamp(min=0)), -1)
-    return Keep(gather(index, order), gather(features, order), moved, gather(added_last, order))
-
-
-def _joined(
-    features: Float[Tensor, "batch tokens dim"],
-    dominant: Int[Tensor, "batch dominant"],
-    rest: Int[Tensor, "batch leftovers"],
-    merged: Complement,
-) -> tuple[Int[Tensor, "batch kept"], Float[Tensor, "batch kept dim"], Int[Tensor, "batch tokens"]]:
-    """Index, features and assignment of the dominant tokens followed by the complement tokens."""
-    count = dominant.shape[1]
-    index = torch.cat([dominant, gather(rest, merged.centres)], 1)
-    ordinals = torch.arange(index.shape[1], device=index.device).expand_as(index)
-    went_to = torch.where(merged.assignment >= 0, merged.assignment + count, -1)
-    assignment = rest.new_empty(features.shape[:2]).scatter(1, rest, went_to).scatter(1, index, ordinals)
-    return index, torch.cat([gather(features, dominant), merged.features], 1), assignment
+    index = torch.cat([index, gather(rest, merged.centres)], 1)
+    features = torch.cat([gather(view.features, index[:, :dominant]), merged.features], 1)
+    ordinals = torch.arange(dominant + added, device=index.device)
+    order = index.argsort(1) if raster else ordinals.expand_as(index)
+    place = order.argsort(1) if raster else order
+    # where a leftover went: the place of its centre among the outputs, -1 if no round took it up
+    went_to = place.gather(1, (merged.assignment + dominant).clamp(min=0))
+    went_to = went_to.masked_fill(merged.assignment < 0, -1)
+    assignment = torch.empty_like(score, dtype=torch.long).scatter(1, rest, went_to).scatter(1, index, place)
+    return Keep(gather(index, order), gather(features, order), assignment, order >= dominant)

@@ -72,14 +72,13 @@ class TextTower(Guidance):
         Every token of a window counts, the special ones included, as in the released code of VisionTrim.
         """
         rows = [self._windows(question) for question in questions]
-        device = self.model.text_projection.weight.device
-        encoded = []
-        for windows in rows:
-            states = [
-                self.model.text_model(input_ids=torch.tensor([window], device=device)).last_hidden_state[0]
-                for window in windows
-            ]
-            encoded.append(self.model.text_projection(torch.cat(states)))
+        windows = [torch.tensor(window) for row in rows for window in row]
+        weight = self.model.text_projection.weight
+        ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)
+        # padding stands on the right of causal attention, so the tokens before it do not notice, whatever it is
+        states = self.model.text_projection(self.model.text_model(input_ids=ids.to(weight.device)).last_hidden_state)
+        parts = iter([state[: len(window)] for state, window in zip(states, windows, strict=True)])
+        encoded = [torch.cat([next(parts) for _ in row]) for row in rows]
         return _padded(encoded, scale=float(self.model.logit_scale.detach().exp()))
 
     def _windows(self, question: str) -> list[list[int]]:

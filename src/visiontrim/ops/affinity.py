@@ -151,6 +151,8 @@ def _pair_norms(
     batch, tokens, dim = values.shape
     flat = values.reshape(batch * tokens, dim)
     rows = index + tokens * torch.arange(batch, device=index.device)[:, None, None]
+    if dim <= 2:  # coordinates
+        return torch.linalg.vector_norm(flat[rows] - values[:, :, None], dim=-1)
     norms = [
         torch.linalg.vector_norm(flat.index_select(0, rows[..., pair].flatten()).sub_(flat), dim=-1)
         for pair in range(index.shape[-1])

@@ -18,9 +18,6 @@ Scores = Literal["softmax", "raw"]
 Merge = Literal["add", "mean", "uniform"]
 """How a centre takes up its cluster: see :func:`complement`."""
 
-PAIRS = 1 << 21
-"""Text tokens times leftovers whose similarities are held at a time (8 MB)."""
-
 
 class Complement(NamedTuple):
     """What :func:`complement` returns."""
@@ -61,84 +58,44 @@ def complement(
     - ``merge="uniform"``: "add" with the unweighted mean of the cluster.
 
     The joint embedding is a linear map without bias, so a centre's embedding is merged with the same weights instead
-    of being projected again. float32 inside, ``features`` come back in their dtype. Holds O(leftovers x centres) and
-    at most about ``PAIRS`` text similarities. Raises :class:`ValueError` for ``count`` above the number of leftovers,
-    and for raw scores with weighted merging: they may be negative, so they are no weights.
+    of being projected again. float32 inside, ``features`` come back in their dtype. Holds O(leftovers x (centres +
+    text)) numbers. Raises :class:`ValueError` for ``count`` above the number of leftovers, and for raw scores with
+    weighted merging: they may be negative, so they are no weights.
     """
     if scores == "raw" and merge != "uniform":
         raise ValueError(f"merge={merge!r} weighs by the scores, and raw scores are no weights: merge='uniform'")
     unit = functools.partial(F.normalize, dim=-1) if cosine else torch.Tensor.float
-    source, space, softmax = features.float(), joint.float(), scores == "softmax"
-    blocks = _blocks(unit(text.float()) * scale, mask, joint.shape[1])
-    tokens = unit(space)
+    softmax = scores == "softmax"
+    width = features.shape[-1]
+    both = torch.cat([features.float(), joint.float()], -1)
+    words = (unit(text.float()) * scale).mT
+    similarity = unit(both[..., width:]) @ words
+    share = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    relevance = (similarity.softmax(1) if softmax else similarity) @ share[..., None]
+    index = top_k(relevance[..., 0], count)
+    # what each leftover says about the text stays the same in all rounds, padding says nothing
+    padding = ~mask[:, None]
+    if softmax:
+        of_tokens = similarity.masked_fill(padding, torch.finfo(similarity.dtype).min).softmax(-1)
+    else:
+        of_tokens = similarity.masked_fill(padding, 0.0)
 
-    index = top_k(_relevance(tokens, blocks, softmax), count)
-    ordinals = torch.arange(count, device=index.device)
-    own = torch.full(space.shape[:2], -1, device=index.device).scatter(1, index, ordinals.expand_as(index))
+    ordinals = torch.arange(count, device=index.device).expand_as(index)
+    own = torch.full(joint.shape[:2], -1, device=index.device).scatter(1, index, ordinals)
     others = (own < 0)[..., None]
-    both = torch.cat([source, space], -1)
     total = centres = gather(both, index)
     terms = torch.ones_like(total[..., :1])
-    normaliser = _log_normaliser(tokens, blocks) if softmax else None
     assignment = own
     for _ in range(iterations if count else 0):
-        agreement = _agreement(tokens, unit(centres[..., source.shape[-1] :]), blocks, normaliser)
-        nearest = agreement.argmax(-1)
-        weights = ((nearest[..., None] == ordinals) & others).float()
-        if merge != "uniform":
-            weights = weights * agreement
+        of_centres = unit(centres[..., width:]) @ words
+        agreement = of_tokens @ (of_centres.softmax(1) if softmax else of_centres).mT
+        best, nearest = agreement.max(-1, keepdim=True)
+        weight = others.float() if merge == "uniform" else best * others
+        weights = torch.zeros_like(agreement).scatter_(-1, nearest, weight)
         size = weights.sum(1)[..., None]
         grew = size > 0
         total = total + weights.mT @ both / torch.where(grew, size, 1.0)
         terms = terms + grew
         centres = total / terms if merge == "mean" else total
-        assignment = torch.where(own >= 0, own, nearest)
-    return Complement(centres[..., : source.shape[-1]].to(features.dtype), index, assignment)
-
-
-Blocks = list[tuple[Float[Tensor, "batch _ space"], Bool[Tensor, "batch 1 _"]]]
-"""Scaled text tokens, and which of them count, a bounded number at a time."""
-
-
-def _blocks(words: Float[Tensor, "batch text space"], mask: Bool[Tensor, "batch text"], leftovers: int) -> Blocks:
-    size = max(1, PAIRS // max(1, leftovers))
-    return list(zip(words.split(size, 1), mask[:, None].split(size, -1), strict=True))
-
-
-def _relevance(
-    tokens: Float[Tensor, "batch tokens space"], blocks: Blocks, softmax: bool
-) -> Float[Tensor, "batch tokens"]:
-    """Mean over the text of the similarities, those of a text token softmaxed over the tokens (eq. 7)."""
-    total = tokens.new_zeros(tokens.shape[:2])
-    for words, mask in blocks:
-        similarity = tokens @ words.mT
-        if softmax:
-            similarity = similarity.softmax(1)
-        total += similarity.masked_fill(~mask, 0.0).sum(-1)
-    return total / torch.cat([mask for _, mask in blocks], -1).sum(-1).clamp(min=1)
-
-
-def _log_normaliser(tokens: Float[Tensor, "batch tokens space"], blocks: Blocks) -> Float[Tensor, "batch tokens 1"]:
-    """Logarithm of the denominator of each token's softmax over the whole text."""
-    lowest = torch.finfo(tokens.dtype).min
-    parts = [(tokens @ words.mT).masked_fill(~mask, lowest).logsumexp(-1) for words, mask in blocks]
-    return torch.stack(parts, -1).logsumexp(-1, keepdim=True)
-
-
-def _agreement(
-    tokens: Float[Tensor, "batch tokens space"],
-    centres: Float[Tensor, "batch centres space"],
-    blocks: Blocks,
-    normaliser: Float[Tensor, "batch tokens 1"] | None,
-) -> Float[Tensor, "batch tokens centres"]:
-    """Sum over the text of (token to text) x (text to centre), softmaxed over the text and the centres (eq. 8).
-
-    Without ``normaliser`` the similarities stay as they are.
-    """
-    total = tokens.new_zeros(*tokens.shape[:2], centres.shape[1])
-    for words, mask in blocks:
-        of_tokens, of_centres = tokens @ words.mT, centres @ words.mT
-        if normaliser is not None:
-            of_tokens, of_centres = (of_tokens - normaliser).exp(), of_centres.softmax(1)
-        total += of_tokens.masked_fill(~mask, 0.0) @ of_centres.mT
-    return total
+        assignment = torch.where(others, nearest, own[..., None])[..., 0]
+    return Complement(centres[..., :width].to(features.dtype), index, assignment)

@@ -28,8 +28,10 @@ def leftovers(index: Int[Tensor, "batch kept"], tokens: int) -> Int[Tensor, "bat
 
 def gather(values: Shaped[Tensor, "batch tokens *rest"], index: Int[Tensor, "batch kept"]) -> Tensor:
     """``values[b, index[b, j]]``: [batch, kept, *rest]."""
-    trailing = values.shape[2:]
-    return values.gather(1, index.view(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing))
+    batch, tokens = values.shape[:2]
+    # rows of memory in one go: several times faster than torch.gather with an expanded index
+    rows = index + tokens * torch.arange(batch, device=index.device)[:, None] if batch > 1 else index
+    return values.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, *values.shape[2:])
 
 
 def even_stride(tokens: int, count: int) -> Int[Tensor, " {count}"]:

@@ -67,13 +67,12 @@ def settings() -> Iterator[tuple[str, int]]:
 
 def right_answers(bundle: zoo.Bundle, samples: list[zoo.Sample], method: str, keep: int) -> list[int]:
     """1 or 0 for every sample. Rows of a batch are the questions about one scene."""
-    tower = vt.TextTower(bundle.clip, bundle.tokenizer)
     right = []
     for _, group in itertools.groupby(samples, key=lambda sample: sample.scene_seed):
         batch = list(group)
         options = {"keep": keep} if keep else {}
         questions = [sample.question for sample in batch]
-        with vt.trim(bundle.model, method, question=questions, text_tower=tower, **options):
+        with vt.trim(bundle.model, method, question=questions, text_tower=bundle.text_tower, **options):
             answers = zoo.answer(bundle.model, bundle.processor, batch)
         right += [int(answer == sample.answer) for answer, sample in zip(answers, batch, strict=True)]
     return right

@@ -26,11 +26,10 @@ PARTS = ("vision", "method", "prefill", "decode", "total")
 
 def timed(bundle: zoo.Bundle, inputs, questions: list[str], method: str) -> dict[str, float]:
     """Seconds by part of one generate() of four tokens."""
-    tower = vt.TextTower(bundle.clip, bundle.tokenizer)
     with (
         torch.inference_mode(),
         Clock(bundle.model) as clock,
-        vt.trim(bundle.model, method, question=questions, text_tower=tower, clock=clock),
+        vt.trim(bundle.model, method, question=questions, text_tower=bundle.text_tower, clock=clock),
     ):
         bundle.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     return clock.seconds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -85,6 +87,44 @@ def test_batch_equals_samples_one_by_one(plan, attention, positions):
         batch = torch.stack(generate(model, inputs).logits, 1)
         for row in range(len(batch)):
             close(batch[row], torch.stack(generate(model, sample(inputs, row)).logits, 1)[0])
+
+
+@dataclass(frozen=True)
+class Doubled(vt.Random):
+    """Random tokens at twice their value: what merging looks like to the engine."""
+
+    name: ClassVar[str] = "doubled"
+
+    def select(self, view: vt.View) -> vt.Keep:
+        index = super().select(view).index
+        return vt.Keep(index, 2 * view.features.gather(1, index[..., None].expand(-1, -1, view.features.shape[2])))
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+@every_batch
+def test_merged_features_take_the_places_of_the_kept_tokens(layer, rows):
+    model, inputs = llava(), prompts(*rows)
+    with vt.trim(model, Doubled(keep=6, layer=layer)) as run:
+        logits = model(**inputs).logits
+    hidden = hidden_places(inputs, run.trace)
+    alive = survivors(inputs, hidden)
+    (gone,) = hidden.values()
+    merged = (inputs["input_ids"] == tiny.IMAGE) & ~gone
+
+    def double(module, args):
+        if layer is None:
+            kept = torch.zeros(len(args[0]), tiny.PATCHES, dtype=torch.bool)
+            kept[:, run.trace.images[0].stages[0].index] = True
+            return (args[0] * torch.where(kept, 2, 1)[..., None],)
+        return (args[0] * torch.where(merged, 2, 1)[..., None],)
+
+    core = model.model
+    module = core.multi_modal_projector if layer is None else core.language_model.layers[layer]
+    handle = module.register_forward_pre_hook(double)
+    with Masked(model, inputs["attention_mask"], hidden):
+        reference = model(**inputs).logits
+    handle.remove()
+    close(logits[alive], reference[alive])
 
 
 # ------------------------------------------------------------------------------------------------ cache and report

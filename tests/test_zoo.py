@@ -61,7 +61,7 @@ def test_stock_loading_finds_the_processor():
 
 
 def test_vision_towers_are_identical(bundle):
-    ours, theirs = bundle.model.model.vision_tower.state_dict(), bundle.clip.vision_model.state_dict()
+    ours, theirs = bundle.model.model.vision_tower.state_dict(), bundle.text_tower.model.vision_model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -72,7 +72,7 @@ def test_vision_towers_are_identical(bundle):
 def test_tokenizers_have_the_vocabulary(bundle):
     vocabulary = {word: number for number, word in enumerate(WORDS)}
     assert bundle.processor.tokenizer.get_vocab() == vocabulary
-    assert bundle.tokenizer.get_vocab() == vocabulary
+    assert bundle.text_tower.tokenizer.get_vocab() == vocabulary
 
 
 def test_prompt_becomes_the_trained_sequence(bundle):
@@ -219,14 +219,16 @@ def test_model_answers(bundle):
 @torch.inference_mode()
 def test_phrases_find_their_patches(bundle):
     """In CLIP's joint space the name of an object ranks its patches above the others."""
-    clip, areas, hits = bundle.clip, [], []
+    clip, areas, hits = bundle.text_tower.model, [], []
     for seed in range(HELD_OUT, HELD_OUT + 20):
         scene = draw_scene(seed)
         pixels = bundle.processor.image_processor(scene.image, return_tensors="pt")["pixel_values"]
         hidden = clip.vision_model(pixel_values=pixels).last_hidden_state[0, 1:]
         patches = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(hidden)), dim=-1)
         phrases = [obj.phrase for obj in scene.objects]
-        texts = clip.get_text_features(**bundle.tokenizer(phrases, padding=True, return_tensors="pt")).pooler_output
+        texts = clip.get_text_features(
+            **bundle.text_tower.tokenizer(phrases, padding=True, return_tensors="pt")
+        ).pooler_output
         for phrase, text in zip(phrases, F.normalize(texts, dim=-1), strict=True):
             named = torch.tensor([False, *(other == phrase for other in phrases)])[torch.from_numpy(scene.patch_owner)]
             similarity = patches @ text

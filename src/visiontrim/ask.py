@@ -107,8 +107,9 @@ def load(
     place = _device(device)
     number: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
     if name is None:
-        model, processor, clip, tokenizer = zoo.load()
-        tower, normalise = TextTower(_moved(clip, place, number), tokenizer), zoo.normalise
+        model, processor, tower = zoo.load()
+        _moved(tower.model, place, number)
+        normalise = zoo.normalise
     else:
         model = _pretrained("model", name, AutoModelForImageTextToText.from_pretrained, dtype=number).eval()
         processor = _pretrained("processor of", name, AutoProcessor.from_pretrained)

@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    CLIPModel,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from visiontrim.models import TextTower
 from visiontrim.zoo.questions import TYPES, Question, ask, normalise
 from visiontrim.zoo.scenes import Object, Scene, draw_scene
 from visiontrim.zoo.suite import HELD_OUT, PROMPT, Sample, answer, held_out
@@ -48,9 +43,7 @@ class Bundle(NamedTuple):
 
     model: LlavaForConditionalGeneration
     processor: LlavaProcessor
-    clip: CLIPModel
-    tokenizer: PreTrainedTokenizerBase
-    """For the text tower; it ends a text with <eot>, where CLIP pools."""
+    text_tower: TextTower
 
 
 def load() -> Bundle:
@@ -68,6 +61,5 @@ def load() -> Bundle:
     return Bundle(
         LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32).eval(),
         LlavaProcessor.from_pretrained(MODEL_DIR),
-        CLIPModel.from_pretrained(CLIP_DIR, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(CLIP_DIR),
+        TextTower.from_pretrained(CLIP_DIR, dtype=torch.float32),
     )

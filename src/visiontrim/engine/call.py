@@ -232,6 +232,8 @@ class Prefill(Forward):
     call: Call = field(kw_only=True)
     alive: Alive = field(kw_only=True)
     """What is left of the chunk."""
+    chunk_valid: Bool[Tensor, "batch length"] = field(kw_only=True)
+    """Which tokens of the uncompressed chunk are no padding."""
     groups: list[Group] = field(default_factory=list)
     """The images of all rows, beams included."""
     rows: list[Int[Tensor, " images"]] = field(default_factory=list)
@@ -243,11 +245,3 @@ class Prefill(Forward):
         """Logical end of the prompt; what follows in the chunk are guesses of assisted decoding."""
         end = self.past + self.length
         return end if self.call.prompt_end is None else min(end, self.call.prompt_end)
-
-    @property
-    def chunk_valid(self) -> Bool[Tensor, "batch length"]:
-        """Which tokens of the uncompressed chunk are no padding."""
-        if self.mask is not None:
-            return self.mask[:, -self.length :].bool()
-        batch = self.alive.origin.shape[0]
-        return torch.ones(batch, self.length, dtype=torch.bool, device=self.alive.origin.device)

@@ -8,11 +8,11 @@ and put the last hidden states back to full length on the way out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from visiontrim.core.errors import TrimError
@@ -31,11 +31,14 @@ from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.models.family import Family
 
+if TYPE_CHECKING:
+    from visiontrim.engine.session import Session
+
 
 class LanguageStage:
     """Hooks on the language model (the seam) and, where needed, on its layers."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], positions: Positions, session) -> None:
+    def __init__(self, family: Family, steps: Mapping[int, Step], positions: Positions, session: Session) -> None:
         self._family = family
         self._model = family.language_model
         self._steps = steps
@@ -57,47 +60,46 @@ class LanguageStage:
         return removers
 
     def _enter(self, module, args, kwargs):
-        call: Call | None = self._session.call
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        if embeds is None:  # the text model, called by itself
+        call, cache = self._session.call, kwargs.get("past_key_values")
+        if kwargs.get("inputs_embeds") is None:  # the text model, called by itself
             return None
-        prunes = call is not None and call.carries_vision
+        call = call if call is not None and call.carries_vision else None
         use_cache = self._model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-        if prunes and cache is None and use_cache:
+        if call is not None and cache is None and use_cache:
             cache = kwargs["past_key_values"] = DynamicCache(config=self._model.config)
         trimmed = cache is not None and any(trimmed_layer(cache, index) for index in range(len(cache.layers)))
-        if not prunes and not trimmed:
+        if call is None and not trimmed:
             return None
-        check_cache(cache)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
-        past = cache.get_seq_length() if cache is not None else 0
-        batch, length = embeds.shape[:2]
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(past, past + length, device=embeds.device)[None]
-        if self._compact and positions.ndim != 2:
-            raise TrimError(
-                f"positions='compact' needs one position per token, but here are {len(positions)}: use 'keep'"
-            )
-        if call is not None and call.carries_vision:
-            origin = torch.arange(length, device=embeds.device).expand(batch, -1)
-            alive = Alive(origin, torch.ones_like(origin, dtype=torch.bool), [])
-            forward = Prefill(cache, mask, length, past, positions, call=call, alive=alive)
-            forward.alive.valid = forward.chunk_valid
-            place_groups(forward, self._family.placeholders(call.forward_ids))
-        else:
-            forward = Forward(cache, mask, length, past, positions)
-        self._session.forward = forward
+        forward = self._session.forward = self._forward(call, cache, kwargs)
         first = trimmed_layer(cache, 0)
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
         elif first is not None:
-            kwargs["attention_mask"] = first.logical_mask(mask, past + length)
+            kwargs["attention_mask"] = first.logical_mask(forward.mask, forward.past + forward.length)
             if first.shift is not None:
-                kwargs["position_ids"] = positions - first.shift[:, None]
+                kwargs["position_ids"] = forward.positions - first.shift[:, None]
         return args, kwargs
+
+    def _forward(self, call: Call | None, cache: Cache | None, kwargs: dict[str, Any]) -> Forward:
+        """The state of a pass, once it is clear that it can work."""
+        check_cache(cache)
+        embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
+        batch, length = embeds.shape[:2]
+        past = cache.get_seq_length() if cache is not None else 0
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
+        if positions is None:
+            positions = torch.arange(past, past + length, device=embeds.device)[None]
+        if self._compact and positions.ndim != 2:
+            raise TrimError(f"positions='compact' needs one position per token, not {len(positions)}: use 'keep'")
+        if call is None:
+            return Forward(cache, mask, length, past, positions)
+        origin = torch.arange(length, device=embeds.device).expand(batch, -1)
+        valid = torch.ones_like(origin, dtype=torch.bool) if mask is None else mask[:, -length:].bool()
+        alive = Alive(origin, valid, [])
+        prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid)
+        place_groups(prefill, self._family.placeholders(call.forward_ids))
+        return prefill
 
     def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
         embeds = kwargs["inputs_embeds"]

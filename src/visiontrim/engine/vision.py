@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from visiontrim.engine.probe import AttentionProbe
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_received, attention_rows
 
+if TYPE_CHECKING:
+    from visiontrim.engine.session import Session
+
 
 class VisionStage:
     """Hooks on encoder and projector. Features leave in full number, dropped slots marked (see :mod:`.pack`).
@@ -22,7 +27,7 @@ class VisionStage:
     Without a step it only notes how many images of which grid were encoded.
     """
 
-    def __init__(self, family: Family, step: Step | None, questions: Questions, session) -> None:
+    def __init__(self, family: Family, step: Step | None, questions: Questions, session: Session) -> None:
         self._family = family
         self._step = step
         self._needs = step.needs if step is not None else frozenset()

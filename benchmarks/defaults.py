@@ -25,29 +25,35 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 LOG, TABLE = RESULTS / "defaults.jsonl", RESULTS / "defaults.md"
 
 RULES = ["inverse_variance", "variance", "standardised", "cls", "local", "max", "geometric", "mean", "harmonic"]
-MERGES = [f"merge={m},patch_space={space}" for m in ("add", "mean", "uniform") for space in ("features", "last")]
+SPACES = ["features", "last"]
 DVTS = "visiontrim:guidance=none,fusion="
-FULL = "visiontrim:fusion=cls,"
-BEST = FULL + "merge=mean,patch_space=last,"
+LITERAL = "visiontrim:fusion=inverse_variance,split=0.75,merge=add,patch_space=features,iterations=3"
+FULL = "visiontrim:fusion=cls,split=0.75,"
+BEST = FULL + "merge=mean,patch_space=last,iterations=1"
 BLOCKS: dict[str, tuple[list[str], list[int]]] = {
-    "Controls, and which score selects (DVTS alone)": (
-        ["random", "uniform", *(DVTS + rule for rule in RULES)],
+    "Overview": (
+        ["random", "uniform", DVTS + "inverse_variance", DVTS + "cls", LITERAL, BEST, "visiontrim:variant=release"],
         [64, 32, 16],
     ),
+    "Which score selects (DVTS alone)": (["random", *(DVTS + rule for rule in RULES)], [32]),
     "What the question adds (TGVC), and how centres take up their cluster": (
         [
             DVTS + "cls",
-            *(FULL + options for options in MERGES),
-            BEST + "iterations=0",
-            BEST + "iterations=1",
-            BEST + "sign=-1",
-            BEST + "similarity=dot",
-            "visiontrim:variant=release",
+            *(
+                FULL + f"merge={m},patch_space={space},iterations=3"
+                for m in ("add", "mean", "uniform")
+                for space in SPACES
+            ),
+            *(FULL + f"merge={m},patch_space=last,iterations=1" for m in ("add", "mean", "uniform")),
+            FULL + "merge=mean,patch_space=features,iterations=1",
+            FULL + "merge=mean,patch_space=last,iterations=0",
+            FULL + "merge=mean,patch_space=last,iterations=3,sign=-1",
+            FULL + "merge=mean,patch_space=last,iterations=3,similarity=dot",
         ],
-        [64, 32, 16],
+        [32],
     ),
     "Share of dominant tokens": (
-        [DVTS + "cls", *(f"{BEST}split={split}" for split in (0.25, 0.5, 0.75, 0.875))],
+        [DVTS + "cls", *(BEST.replace("0.75", str(split)) for split in (0.25, 0.5, 0.75, 0.875))],
         [32, 16],
     ),
     "The local score alone: sigma, window, weight of the position": (
@@ -55,7 +61,9 @@ BLOCKS: dict[str, tuple[list[str], list[int]]] = {
         [32],
     ),
 }
-"""Methods and budgets of each table; the first method is what the others are compared with."""
+"""Every option that matters is written out, so that the log stays true when defaults change.
+
+Methods and budgets of each table; the first method is what the others are compared with."""
 
 
 def settings() -> Iterator[tuple[str, int]]:

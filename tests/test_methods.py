@@ -231,6 +231,8 @@ def test_language_stage_measures_by_dot_products_and_survivors():
         added,
         scale=8**-0.5,
         cosine=False,
+        merge="mean",
+        iterations=1,
     )
     assert keep.complement.sum(1).tolist() == [added] * 2
     for image in range(2):

@@ -128,7 +128,7 @@ def ask(
     plain = None
     if compare:
         with _status("asking the plain model"):
-            run(pictures, question, "none", max_new_tokens=1)  # the first call of a process is slow for any method
+            run(pictures, question, chosen, max_new_tokens=1)  # the first call of a process is slow, whatever it is
             plain = run(pictures, question, "none", max_new_tokens=max_new_tokens)
     with _status("asking"):
         answer = run(pictures, question, chosen, max_new_tokens=max_new_tokens)

@@ -9,7 +9,9 @@
   vision tokens share one space, and similarities are dot products divided by sqrt(D). The relevance of eq. 12 is
   normalised over the vision tokens: over the text tokens, as printed, every token would get the same mean of 1/L.
 
-Where the paper is silent or can be read in two ways, the choice is an option.
+Where the paper is silent or can be read in two ways, the choice is an option. Defaults are what measured best on the
+bundled model (docs/results/defaults.md), which is not always the paper's choice: that is ``fusion="inverse_variance"``,
+``merge="add"``, ``iterations=3``.
 
 The released code differs, and users report that it does not reach the paper's table. ``variant="release"`` does what it
 does: half the normalised [CLS] attention plus half the normalised attention received instead of eq. 6, text
@@ -56,8 +58,9 @@ class VisionTrim(Method):
     """Share of dominant tokens among those kept: 3:1 on LLaVA-1.5; the paper has 7:1 (0.875) on LLaVA-NeXT."""
     guidance: Literal["auto", "none"] = "auto"
     """Whether a question, if there is one, chooses complement tokens. Without, all kept tokens are dominant ones."""
-    fusion: Literal[Fusion, "cls", "local"] = "inverse_variance"
-    """How global and local score are joined (see :func:`visiontrim.ops.fusion.fuse`), or which of them stands alone."""
+    fusion: Literal[Fusion, "cls", "local"] = "cls"
+    """How global and local score are joined (see :func:`visiontrim.ops.fusion.fuse`; the paper has
+    "inverse_variance"), or which of them stands alone: "cls" is the global one, in the language stage too."""
     global_score: Literal["auto", "cls", "received"] = "auto"
     """Attention of [CLS], or attention received from the other patches; "auto": [CLS] where the encoder has it."""
     window: int = 3
@@ -84,10 +87,11 @@ class VisionTrim(Method):
     """-1 inverts the similarity in the vision stage: CLIP patches at times match the text best where nothing is."""
     patch_space: Literal["features", "last"] = "features"
     """Patches in the text's space: the selected features projected, or the encoder's normalised last hidden state."""
-    iterations: int = 3
-    """Rounds of assignment and merging."""
-    merge: Merge = "add"
-    """How complement tokens take up the others (see :func:`visiontrim.ops.complement.complement`)."""
+    iterations: int = 1
+    """Rounds of assignment and merging; the paper has 3."""
+    merge: Merge = "mean"
+    """How complement tokens take up the others (see :func:`visiontrim.ops.complement.complement`); the paper has
+    "add"."""
     layer: int = 2
     """Decoder layers before the language stage."""
     funnel: float = 4.0
@@ -119,7 +123,7 @@ class VisionTrim(Method):
         require(self.iterations >= 0, f"iterations={self.iterations} is no number of rounds: give 0 or more")
         require(self.funnel >= 1, f"funnel={self.funnel} would add tokens between the stages: give at least 1")
         if self.variant == "release":
-            free = {"keep", "split", "guidance", "iterations", "variant"}
+            free = {"keep", "split", "guidance", "variant"}
             fixed = [f.name for f in dataclasses.fields(self) if f.name not in free]
             for name in fixed:
                 value, default = getattr(self, name), getattr(VisionTrim, name)
@@ -259,6 +263,10 @@ class _VisionStage(_Stage):
         return Guide(joint, text, method.sign * scale, cosine)
 
 
+_RELEASED_ROUNDS = 3
+"""Rounds of assignment and merging in the released code."""
+
+
 class _ReleasedStage(_VisionStage):
     @property
     def needs(self) -> frozenset[Signal]:
@@ -278,7 +286,7 @@ class _ReleasedStage(_VisionStage):
             added,
             guide,
             merge="uniform",
-            iterations=self.method.iterations,
+            iterations=_RELEASED_ROUNDS,
             scores="raw",
             raster=False,
         )

@@ -1,0 +1,73 @@
+"""What README and CONTRIBUTING show is what happens."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+
+import visiontrim as vt
+from visiontrim import zoo
+from visiontrim.core import registry
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Code blocks, without the indentation of a list around them."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+
+
+def test_the_six_lines_of_the_readme(tmp_path, monkeypatch, capsys):
+    image = Image.open(ROOT / "examples" / "shapes.png")
+    (code,) = blocks(README, "python")
+    monkeypatch.chdir(tmp_path)
+    names = {"vt": vt, "zoo": zoo, "image": image}
+    exec(code, names)
+    assert len(code.splitlines()) == 6
+    line = capsys.readouterr().out.strip()
+    assert line in README
+    answer = names["processor"].decode(
+        names["out"][0, names["inputs"]["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert answer.strip() == "star"
+    assert (tmp_path / "kept.png").exists()
+
+
+def test_the_recipe_of_the_readme():
+    (recipe,) = blocks(README, "yaml")
+    assert vt.load_method(yaml.safe_load(recipe)) == vt.VisionTrim(keep=128) | vt.Random(keep=0.5, layer=2)
+
+
+def test_the_methods_of_the_readme_are_all_methods():
+    table = README[README.index("## Methods") : README.index("## What is exact")]
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == set(vt.list_methods())
+
+
+def test_the_method_of_the_contributing_guide(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.syspath_prepend(tmp_path)
+    (code,) = blocks(CONTRIBUTING, "python")
+    (tmp_path / "contributed_method.py").write_text(code)
+    importlib.import_module("contributed_method")
+    bundle = zoo.load()
+    image = Image.open(ROOT / "examples" / "shapes.png")
+    inputs = bundle.processor(
+        images=image, text=zoo.PROMPT.format(question="what shape is blue ?"), return_tensors="pt"
+    )
+    with torch.inference_mode(), vt.trim(bundle.model, "largest-norm", keep=32) as run:
+        bundle.model(**inputs)
+    assert run.report.kept_tokens == 32
+
+
+def test_links_lead_somewhere():
+    for name, text in (("README.md", README), ("CONTRIBUTING.md", CONTRIBUTING)):
+        for target in re.findall(r'(?:\]\(|src=")(?!https?:)([^)#"]+)', text):
+            assert (ROOT / target).exists(), f"{name} links to {target}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -189,6 +192,26 @@ def test_what_needs_equal_cache_layers(model, inputs):
         four_d = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
         with pytest.raises(vt.TrimError, match="attention_mask is not 2-D"):
             model(**inputs | {"attention_mask": four_d})
+
+
+@dataclass(frozen=True)
+class Wrong(vt.Random):
+    """Answers something that cannot belong to the view."""
+
+    part: str = "index"
+    name: ClassVar[str] = "wrong"
+
+    def select(self, view: vt.View) -> vt.Keep:
+        keep = super().select(view)
+        parts = {"index": keep.index[:, :0], "assignment": keep.index}
+        return dataclasses.replace(keep, **{self.part: parts[self.part]})
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("part", ["index", "assignment"])
+def test_answers_that_cannot_belong_to_the_view(model, inputs, part, layer):
+    with pytest.raises(vt.TrimError, match=rf"the method wrong:keep=4.* answered {part} of shape \(1, "):
+        answer(model, inputs, Wrong(keep=4, layer=layer, part=part))
 
 
 # ------------------------------------------------------------------------------------------------ questions

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
-from visiontrim.core.view import Text, View
+from visiontrim.core.view import Keep, Text, View
 from visiontrim.engine.call import Group, Prefill
 
 
@@ -35,6 +35,26 @@ def place_groups(prefill: Prefill, image: Bool[Tensor, "batch length"]) -> None:
     for part, (_, n, _) in zip(parts, owners, strict=True):
         columns[n].append(part)
     prefill.alive.columns = [torch.stack(column) for column in columns]
+
+
+def checked_select(step: Step, view: View) -> Keep:
+    """What ``step`` keeps of ``view``. Raises :class:`TrimError` for an answer whose shapes cannot belong to it."""
+    keep = step.select(view)
+    batch, tokens, dim = view.features.shape
+    kept = keep.index.shape[-1]
+    shapes = {
+        "index": (keep.index, (batch, kept)),
+        "features": (keep.features, (batch, kept, dim)),
+        "assignment": (keep.assignment, (batch, tokens)),
+        "complement": (keep.complement, (batch, kept)),
+    }
+    for name, (given, wanted) in shapes.items():
+        if (given is not None and tuple(given.shape) != wanted) or not 1 <= kept <= tokens:
+            raise TrimError(
+                f"the method {step} answered {name} of shape {tuple(given.shape) if given is not None else None} for "
+                f"{batch} images of {tokens} tokens of width {dim}: give {wanted}, and between 1 and {tokens} tokens"
+            )
+    return keep
 
 
 def _expanded(group: Group, copies: int) -> Group:
@@ -84,7 +104,7 @@ def select_between_layers(
             text=text,
             query=hidden[rows, last[rows]] if "query" in step.needs else None,
         )
-        kept = step.select(view)
+        kept = checked_select(step, view)
         stays = column.gather(1, kept.index.sort(-1).values)
         if kept.features is not None:
             merged = merged.clone() if merged is hidden else merged

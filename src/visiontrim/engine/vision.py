@@ -14,6 +14,7 @@ from visiontrim.engine.call import Call, Encoding, Group
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.pack import gather, to_slots
 from visiontrim.engine.probe import AttentionProbe
+from visiontrim.engine.select import checked_select
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_received, attention_rows
 
@@ -83,7 +84,7 @@ class VisionStage:
         )
         if self._step is not None:
             with self._session.clock("method"), torch.no_grad():
-                keep = self._step.select(self._view(call, encoding, group, features))
+                keep = checked_select(self._step, self._view(call, encoding, group, features))
             group = group.after(keep, self._step.site)
             if keep.index.shape[1] < group.total or keep.features is not None:
                 encoding.slots = keep.index.sort(-1).values

@@ -46,8 +46,9 @@ def survivors(inputs: dict[str, Tensor], hidden: dict[int, Tensor]) -> Tensor:
 @every_plan
 @every_batch
 @both_attentions
-def test_removal_equals_masking(plan, rows, attention):
-    model, inputs = llava(attention), prompts(*rows)
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_removal_equals_masking(plan, rows, attention, tower):
+    model, inputs = llava(attention, tower=tower), prompts(*rows)
     with vt.trim(model, plan) as run:
         logits = model(**inputs).logits
         ours = generate(model, inputs)

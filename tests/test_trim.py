@@ -20,6 +20,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    Dinov2Config,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
@@ -137,9 +138,11 @@ def test_unsupported_families():
     clip = CLIPVisionConfig(**small, image_size=28, patch_size=14)
     mistral = MistralConfig(**small, num_key_value_heads=2, vocab_size=20, sliding_window=8)
     siglip = SiglipVisionConfig(**small, image_size=28, patch_size=14, vision_use_head=False)
+    dino = Dinov2Config(**{key: small[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")})
     for options, message in [
-        ({"vision_config": siglip}, "LLaVA with a siglip_vision_model encoder is not supported"),
-        ({"vision_config": clip, "vision_feature_select_strategy": "full"}, "makes .CLS. a vision token"),
+        ({"vision_config": dino}, "LLaVA with a dinov2 encoder is not supported: use one of clip_vision_model, siglip"),
+        ({"vision_config": clip, "vision_feature_select_strategy": "full"}, "which would have no grid: use 'default'"),
+        ({"vision_config": siglip}, "which would have no grid: use 'full'"),
         ({"vision_config": clip, "vision_feature_layer": [-2, -1]}, "use a single layer"),
         ({"vision_config": clip, "text_config": mistral}, "only full-attention decoders are supported"),
     ]:

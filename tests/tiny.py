@@ -8,7 +8,13 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 import visiontrim as vt
 from visiontrim.core.method import VisionOutput
@@ -33,19 +39,24 @@ every_batch = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
-def llava(attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+def llava(
+    attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32, tower: str = "clip"
+) -> LlavaForConditionalGeneration:
     """A LLaVA of 16 patches and 5 decoder layers, with weights large enough that attention is not flat."""
     torch.manual_seed(seed)
+    vision: dict = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 14 * SIDE,
+        "patch_size": 14,
+    }
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=14 * SIDE,
-            patch_size=14,
-            projection_dim=24,
-        ),
+        vision_config=CLIPVisionConfig(**vision, projection_dim=24)
+        if tower == "clip"
+        else SiglipVisionConfig(**vision, vision_use_head=False),
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
         text_config=LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,

@@ -24,8 +24,6 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of ``config.model_type`` that the family covers."""
-    special_tokens: ClassVar[int]
-    """Tokens before the patches in the encoder's sequence: 1 with [CLS], else 0."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
@@ -39,6 +37,11 @@ class Family(ABC):
     @abstractmethod
     def vision_tower(self) -> Any:
         """The encoder: called with ``pixel_values``."""
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> int:
+        """Tokens before the patches in the encoder's sequence: 1 with [CLS], else 0."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP encoder with [CLS], a projector, and the patches of one layer as vision tokens."""
+"""LLaVA-1.5: a CLIP or SigLIP encoder, a projector, and the patches of one layer as vision tokens."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from transformers import PreTrainedModel
 from visiontrim.core.errors import TrimError
 from visiontrim.models.family import Family, register_family
 
+_TOWERS = {"clip_vision_model": (1, "default"), "siglip_vision_model": (0, "full")}
+"""Encoders: their tokens before the patches, and the vision_feature_select_strategy that leaves the patches alone."""
+
 
 @register_family
 class Llava(Family):
     model_types = ("llava",)
-    special_tokens = 1
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        config = model.config
-        tower = config.vision_config.model_type
-        if tower != "clip_vision_model":
-            raise TrimError(f"LLaVA with a {tower} encoder is not supported: use one with a clip_vision_model")
-        if config.vision_feature_select_strategy != "default":
+        config = self.model.config
+        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if tower not in _TOWERS:
+            raise TrimError(f"LLaVA with a {tower} encoder is not supported: use one of {', '.join(_TOWERS)}")
+        if strategy != _TOWERS[tower][1]:
             raise TrimError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} makes [CLS] a vision token, "
-                "which has no place on the grid: use 'default'"
+                f"vision_feature_select_strategy={strategy!r} does not leave exactly the patches of a {tower} as "
+                f"vision tokens, which would have no grid: use {_TOWERS[tower][1]!r}"
             )
         if not isinstance(config.vision_feature_layer, int):
             raise TrimError(
@@ -40,6 +42,10 @@ class Llava(Family):
     @property
     def vision_tower(self) -> Any:
         return self.core.vision_tower
+
+    @property
+    def special_tokens(self) -> int:
+        return _TOWERS[self.model.config.vision_config.model_type][0]
 
     @property
     def projector(self) -> Any:
@@ -69,4 +75,6 @@ class Llava(Family):
         return 1, pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
 
     def normalised_last_hidden(self, last_hidden_state: Tensor) -> Tensor:
+        if self.special_tokens == 0:  # SigLIP normalises it itself
+            return last_hidden_state
         return self.vision_tower.post_layernorm(last_hidden_state[:, self.special_tokens :])

@@ -69,7 +69,7 @@ class VisionStage:
 
     def _after_encoder(self, module, args, output) -> None:
         call = self._session.call
-        if call is not None and call.encoding is not None:
+        if call is not None and call.encoding is not None and "joint_last" in self._needs:
             call.encoding.last_hidden = output.last_hidden_state
 
     def _before_projector(self, module, args):
@@ -78,10 +78,14 @@ class VisionStage:
             return None
         (features,) = args
         encoding = call.encoding
-        sizes = [features.shape[1]] * features.shape[0]
-        group = Group.uncompressed(
-            call.rows_of_images(self._family.placeholders(call.input_ids), sizes), encoding.grid, features.device
-        )
+        images, tokens = features.shape[:2]
+        rows = call.rows_of_images(self._family.placeholders(call.input_ids), [tokens] * images)
+        group = Group.uncompressed(rows, encoding.grid, features.device)
+        if tokens != group.total:
+            raise TrimError(
+                f"the encoder gives {tokens} vision tokens for a grid of {' x '.join(map(str, group.grid))} patches: this "
+                "variant of the model is not supported"
+            )
         if self._step is not None:
             with self._session.clock("method"), torch.no_grad():
                 keep = checked_select(self._step, self._view(call, encoding, group, features))
@@ -104,18 +108,12 @@ class VisionStage:
         return to_slots(output, encoding.slots, frames * rows * columns)
 
     def _view(self, call: Call, encoding: Encoding, group: Group, features: Tensor) -> View:
-        if features.shape[1] != group.total:
-            frames, rows, columns = group.grid
-            raise TrimError(
-                f"the encoder gives {features.shape[1]} vision tokens for a grid of {frames} x {rows} x {columns} "
-                "patches: this variant of the model is not supported"
-            )
         guidance = self._questions.guidance
         joint = text = None
         if guidance is not None and "text" in self._needs:
             text = self._questions.for_rows(group.rows, call.input_ids.shape[0], features.device)
             if text is not None:
-                last = encoding.last_hidden if "joint_last" in self._needs else None
+                last = encoding.last_hidden
                 joint = guidance.embed(features if last is None else self._family.normalised_last_hidden(last))
         return View(
             features=features,

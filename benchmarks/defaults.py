@@ -29,7 +29,7 @@ SPACES = ["features", "last"]
 DVTS = "visiontrim:guidance=none,fusion="
 LITERAL = "visiontrim:fusion=inverse_variance,split=0.75,merge=add,patch_space=features,iterations=3"
 FULL = "visiontrim:fusion=cls,split=0.75,"
-BEST = FULL + "merge=mean,patch_space=last,iterations=1"
+BEST = FULL + "merge=mean,patch_space=features,iterations=1"
 BLOCKS: dict[str, tuple[list[str], list[int]]] = {
     "Overview": (
         ["random", "uniform", DVTS + "inverse_variance", DVTS + "cls", LITERAL, BEST, "visiontrim:variant=release"],
@@ -45,7 +45,7 @@ BLOCKS: dict[str, tuple[list[str], list[int]]] = {
                 for space in SPACES
             ),
             *(FULL + f"merge={m},patch_space=last,iterations=1" for m in ("add", "mean", "uniform")),
-            FULL + "merge=mean,patch_space=features,iterations=1",
+            BEST,
             FULL + "merge=mean,patch_space=last,iterations=0",
             FULL + "merge=mean,patch_space=last,iterations=3,sign=-1",
             FULL + "merge=mean,patch_space=last,iterations=3,similarity=dot",

@@ -83,8 +83,8 @@ class VisionStage:
         group = Group.uncompressed(rows, encoding.grid, features.device)
         if tokens != group.total:
             raise TrimError(
-                f"the encoder gives {tokens} vision tokens for a grid of {' x '.join(map(str, group.grid))} patches: this "
-                "variant of the model is not supported"
+                f"the encoder gives {tokens} vision tokens for a grid of {' x '.join(map(str, group.grid))} patches: "
+                "this variant of the model is not supported"
             )
         if self._step is not None:
             with self._session.clock("method"), torch.no_grad():

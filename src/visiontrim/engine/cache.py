@@ -86,6 +86,8 @@ class TrimmedLayer(DynamicLayer):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
+        self.keys = self.values = None  # dropped: transformers 5.16 would only zero them
+        self.is_initialized = False
         super().reset()
         self.removed = self.trimmed_to = 0
         self.key_mask = self.shift = None

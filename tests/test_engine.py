@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -356,3 +358,13 @@ def test_loss_is_that_of_the_surviving_positions(plan, rows):
         for row in range(len(rows))
     ]
     close(loss, torch.cat(losses).mean())
+
+
+def test_a_forgotten_run_keeps_no_model_alive():
+    model = llava()
+    gone = weakref.ref(model)
+    vt.trim(model, "random", keep=4).attach()
+    model(**prompts((3, "image", 5)))
+    del model
+    gc.collect()
+    assert gone() is None

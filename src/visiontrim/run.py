@@ -23,7 +23,8 @@ from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower
 from visiontrim.picture import token_map
 from visiontrim.report import Report
 
-_open: WeakKeyDictionary[PreTrainedModel, Run] = WeakKeyDictionary()
+_open: WeakKeyDictionary[PreTrainedModel, Method] = WeakKeyDictionary()
+"""Models with an open run, and its method; weak, so that a forgotten run keeps no model alive."""
 
 
 def trim(
@@ -99,6 +100,7 @@ class Run:
             self._family, method, positions or method.positions, self._questions, self._finish, clock
         )
         self._trace: Trace | None = None
+        self._attached = False
 
     @property
     def question(self) -> tuple[str, ...]:
@@ -112,14 +114,16 @@ class Run:
     def attach(self) -> Run:
         """Compress from now on. Raises :class:`TrimError` if the model has an open run."""
         if (other := _open.get(self.model)) is not None:
-            raise TrimError(f"the model already has an open run ({other.method}): remove it first, or compose with |")
+            raise TrimError(f"the model already has an open run ({other}): remove it first, or compose with |")
         self._session.attach()
-        _open[self.model] = self
+        self._attached = True
+        _open[self.model] = self.method
         return self
 
     def remove(self) -> None:
         """Leave the model as it was before :meth:`attach`."""
-        if _open.get(self.model) is self:
+        if self._attached:
+            self._attached = False
             del _open[self.model]
             self._session.detach()
 

@@ -34,13 +34,10 @@ def resolve(keep: Amount, total: int, name: str = "keep") -> int:
     return keep
 
 
-def mean_per_layer(first: int, second: int, layer: int, num_layers: int) -> float:
-    """Mean tokens per layer when ``first`` tokens enter and ``second`` go on from ``layer`` (VisionTrim 3.3)."""
-    return (layer * first + (num_layers - layer) * second) / num_layers
-
-
 def split_two_stage(mean: int, total: int, layer: int, num_layers: int, funnel: float) -> tuple[int, int]:
-    """Counts ``(first, second)`` whose mean per layer is as near to ``mean`` as whole tokens allow.
+    """Counts ``(first, second)`` whose mean per layer is as near to ``mean`` as whole tokens allow (VisionTrim 3.3).
+
+    The mean is (layer x first + (num_layers - layer) x second) / num_layers.
 
     ``first`` tokens enter the language model, ``second`` = about ``first / funnel`` go on from ``layer``; ``first``
     is capped by the ``total`` tokens of the image, and ``second`` then takes up what is left of the budget.

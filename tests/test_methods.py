@@ -487,3 +487,23 @@ def test_spellings():
 def test_spelling_that_cannot_work(spec, message):
     with pytest.raises(TrimError, match=message):
         load_method(spec)
+
+
+@pytest.mark.parametrize("sizes", [(576, 1728), (16, 7, 9), (5, 5, 5, 5)])
+@pytest.mark.parametrize("keep", [8, 64, 321])
+def test_the_segments_of_an_image_share_a_number_exactly(sizes, keep):
+    keep = min(keep, sum(sizes))
+    counts, before = [], 0
+    for size in sizes:
+        view = View(torch.zeros(1, size, 2), torch.zeros(1, size, 3).long(), (1, 1, size), size, 4, sum(sizes), before)
+        counts.append(view.count(keep))
+        before += size
+    assert sum(counts) == keep
+    assert all(abs(count - keep * size / sum(sizes)) < 1 for count, size in zip(counts, sizes, strict=True))
+
+
+def test_a_segment_that_would_get_nothing_is_refused():
+    view = View(torch.zeros(1, 4, 2), torch.zeros(1, 4, 3).long(), (1, 2, 2), 4, 4, whole=400, before=0)
+    with pytest.raises(TrimError, match="keep=8 leaves nothing for a part of 4 of the image's 400"):
+        view.count(8)
+    assert view.count(0.5) == 2

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Signal = Literal["cls_attention", "received_attention", "joint", "joint_last", "text", "query"]
-"""Names of the optional fields of :class:`View`; a step lists in ``needs`` the ones that it reads."""
+from visiontrim.core.budget import Amount, resolve
+from visiontrim.core.errors import TrimError
+
+SignalName = Literal["cls_attention", "received_attention", "joint", "joint_last", "text", "query"]
+Signal = SignalName | tuple[SignalName, int]
+"""Names of the optional fields of :class:`View`; a step lists in ``needs`` the ones that it reads.
+
+A pair asks for the signal as another layer of the vision encoder gives it, counted from 0 or, if negative, from the
+last one: ``("cls_attention", 5)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,10 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The vision tokens of a batch of equally large segments (images, tiles, videos), without any padding.
+    """The vision tokens of a batch of equally large segments, without any padding.
+
+    A segment is an image or a video, or a part of one that has a grid of its own: the overview and the mosaic of tiles
+    of an anyres image, a tile, a frame.
 
     Tensors are on the model's device. Optional signals are None unless the step asked for them in ``needs`` and they
     exist: no [CLS] token means no ``cls_attention``, no question means no ``text``.
@@ -41,6 +52,10 @@ class View:
     """Tokens of the segment that entered the language model (at the vision output: that could enter)."""
     num_layers: int
     """Decoder layers of the language model."""
+    whole: int | None = None
+    """Uncompressed vision tokens of the whole image or video that the segment is a part of; None: it is all of it."""
+    before: int = 0
+    """How many of those stand in segments before this one."""
     cls_attention: Float[Tensor, "batch tokens"] | None = None
     """Attention of [CLS] to each patch, mean over heads, after the softmax over [CLS] and all patches. An encoder
     without [CLS] gives ``received_attention`` to a step that asks for this."""
@@ -51,6 +66,27 @@ class View:
     text: Text | None = None
     query: Float[Tensor, "batch dim"] | None = None
     """Hidden state at the position whose logits give the first generated token (decoder layers only)."""
+    at: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    """Signals of other encoder layers, under the pairs that the step asked for."""
+
+    def count(self, keep: Amount, of: int | None = None, name: str = "keep") -> int:
+        """Tokens of this segment that ``keep`` means, at least 1.
+
+        A fraction is one ``of`` that many tokens (None: of those that arrive here). A number is meant for the whole
+        image, whose segments share it in proportion to their size. Raises :class:`TrimError` for more tokens than there
+        are, and for fewer than one a segment.
+        """
+        of = self.features.shape[1] if of is None else of
+        if isinstance(keep, float) or self.whole is None:
+            return resolve(keep, of, name)
+        keep = resolve(keep, self.whole, name)
+        share = _rounded(keep * (self.before + self.total), self.whole) - _rounded(keep * self.before, self.whole)
+        if share < 1:
+            raise TrimError(
+                f"{name}={keep} leaves nothing for a part of {self.total} of the image's {self.whole} vision tokens: "
+                "give more, or a fraction"
+            )
+        return resolve(share, of, name)
 
     @property
     def total(self) -> int:
@@ -80,3 +116,7 @@ class Keep:
         """Keep all tokens as they are."""
         batch, tokens = view.features.shape[:2]
         return cls(torch.arange(tokens, device=view.features.device).expand(batch, tokens))
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)

@@ -123,5 +123,6 @@ class VisionStage:
             num_layers=len(self._family.language_model.layers),
             joint=joint,
             text=text,
-            **encoding.signals,
+            cls_attention=encoding.signals.get("cls_attention"),
+            received_attention=encoding.signals.get("received_attention"),
         )

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from visiontrim.core.budget import Amount, check_amount, resolve
+from visiontrim.core.budget import Amount, check_amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Method, Site, Step, VisionOutput
 from visiontrim.core.registry import register
@@ -64,7 +64,7 @@ class Random(_Control):
 
     def select(self, view: View) -> Keep:
         batch, tokens = view.features.shape[:2]
-        count = resolve(self.keep, tokens)
+        count = view.count(self.keep)
         # one draw on the CPU for all rows: a batch then equals its samples one by one, on every device
         drawn = torch.randperm(tokens, generator=torch.Generator().manual_seed(self.seed))[:count]
         return Keep(drawn.sort().values.to(view.features.device).expand(batch, count))
@@ -81,6 +81,6 @@ class Uniform(_Control):
 
     def select(self, view: View) -> Keep:
         batch, tokens = view.features.shape[:2]
-        count = resolve(self.keep, tokens)
+        count = view.count(self.keep)
         index = uniform_stride(view.grid, count) if tokens == view.total else even_stride(tokens, count)
         return Keep(index.to(view.features.device).expand(batch, count))

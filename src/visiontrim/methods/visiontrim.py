@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from visiontrim.core.budget import Amount, check_amount, resolve, second_stage, split_two_stage
+from visiontrim.core.budget import Amount, check_amount, second_stage, split_two_stage
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Method, Positions, Site, Step, VisionOutput
 from visiontrim.core.registry import register
@@ -148,8 +148,8 @@ class VisionTrim(Method):
     def entering(self, view: View) -> int:
         """Tokens that the vision stage leaves of the image."""
         if isinstance(self.keep, tuple):
-            return resolve(self.keep[0], view.total, "keep[0]")
-        mean = resolve(self.keep, view.total)
+            return view.count(self.keep[0], view.total, "keep[0]")
+        mean = view.count(self.keep, view.total)
         if self.stages == "vision":
             return mean
         return split_two_stage(mean, view.total, self.layer, view.num_layers, self.funnel)[0]
@@ -157,8 +157,8 @@ class VisionTrim(Method):
     def remaining(self, view: View) -> int:
         """Tokens that the language stage leaves of the image."""
         if isinstance(self.keep, tuple):
-            return self.keep[1]
-        return second_stage(resolve(self.keep, view.total), view.entered, self.layer, view.num_layers)
+            return view.count(self.keep[1], name="keep[1]")
+        return second_stage(view.count(self.keep, view.total), view.entered, self.layer, view.num_layers)
 
     def shares(self, count: int) -> tuple[int, int]:
         """``count`` as dominant and complement tokens."""

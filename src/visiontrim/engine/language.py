@@ -7,7 +7,7 @@ and put the last hidden states back to full length on the way out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from visiontrim.engine.cache import (
 )
 from visiontrim.engine.call import Alive, Call, Forward, Prefill, Removal
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
+from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.models.family import Family
 
@@ -51,6 +52,8 @@ class LanguageStage:
             self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
+        if self._family.deepstack is not None:
+            removers.append(Replaced(self._model, self._family.deepstack, self._add_features))
         # flash attention reads gaps in position_ids as borders of packed sequences, so no layer may get them
         flash = "flash" in (self._model.config._attn_implementation or "")
         first = 0 if flash else min(self._steps, default=len(self._model.layers))
@@ -145,6 +148,16 @@ class LanguageStage:
             rank_before = gather(forward.chunk_valid.cumsum(1), forward.alive.origin)
             positions = positions - (rank_before - forward.alive.valid.cumsum(1))
         return positions
+
+    def _add_features(self, add: Callable, hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
+        """DeepStack: ``features`` are added to the tokens at ``places`` [batch, length], now to those that are left."""
+        prefill: Forward | None = self._session.forward
+        if not isinstance(prefill, Prefill) or not prefill.removals:
+            return add(hidden, places, features)
+        origin, valid = prefill.alive.origin, prefill.alive.valid
+        number = places.flatten().cumsum(0).view_as(places) - 1
+        left = gather(places, origin) & valid
+        return add(hidden, left, features[gather(number, origin)[left]])
 
     def _layer_hook(self, layer: int):
         def hook(module, args, kwargs):

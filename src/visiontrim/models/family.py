@@ -110,6 +110,11 @@ class Family(ABC):
         return values if source is None else values[source.clamp(min=0)]
 
     @property
+    def deepstack(self) -> str | None:
+        """The function of the language model that adds features of earlier encoder layers between its first layers."""
+        return None
+
+    @property
     def vision_width(self) -> int | None:
         """Width of the encoder's features, if tokens are selected in them."""
         return None

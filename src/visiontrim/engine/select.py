@@ -7,9 +7,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Step
-from visiontrim.core.view import Keep, Text, View
+from visiontrim.core.method import DecoderLayer, Step
+from visiontrim.core.view import Keep, View
 from visiontrim.engine.call import Group, Prefill
+from visiontrim.engine.hearing import Signals
 
 
 def place_groups(prefill: Prefill, image: Bool[Tensor, "batch length"]) -> None:
@@ -34,7 +35,7 @@ def place_groups(prefill: Prefill, image: Bool[Tensor, "batch length"]) -> None:
     columns: list[list[Tensor]] = [[] for _ in prefill.groups]
     for part, (_, n, _) in zip(parts, owners, strict=True):
         columns[n].append(part)
-    prefill.alive.columns = [torch.stack(column) for column in columns]
+    prefill.alive.columns = prefill.entered = [torch.stack(column) for column in columns]
 
 
 def checked_select(step: Step, view: View) -> Keep:
@@ -42,6 +43,7 @@ def checked_select(step: Step, view: View) -> Keep:
     keep = step.select(view)
     batch, tokens, dim = view.features.shape
     kept = keep.index.shape[-1]
+    fewest = 0 if isinstance(step.site, DecoderLayer) else 1
     shapes = {
         "index": (keep.index, (batch, kept)),
         "features": (keep.features, (batch, kept, dim)),
@@ -49,10 +51,11 @@ def checked_select(step: Step, view: View) -> Keep:
         "complement": (keep.complement, (batch, kept)),
     }
     for name, (given, wanted) in shapes.items():
-        if (given is not None and tuple(given.shape) != wanted) or not 1 <= kept <= tokens:
+        if (given is not None and tuple(given.shape) != wanted) or not fewest <= kept <= tokens:
             raise TrimError(
                 f"the method {step} answered {name} of shape {tuple(given.shape) if given is not None else None} for "
-                f"{batch} images of {tokens} tokens of width {dim}: give {wanted}, and between 1 and {tokens} tokens"
+                f"{batch} images of {tokens} tokens of width {dim}: give {wanted}, and between {fewest} and {tokens} "
+                "tokens"
             )
     return keep
 
@@ -81,30 +84,21 @@ def select_between_layers(
     Returns the hidden states (with merged ones written in), which of their tokens stay, and for every group the places
     of its surviving tokens; None in place of the latter if all stay.
     """
-    alive = prefill.alive
-    keep = torch.ones_like(alive.valid)
-    image = torch.zeros_like(keep)
-    for rows, column in zip(prefill.rows, alive.columns, strict=True):
-        image[rows[:, None], column] = True
-    asked = alive.valid & (alive.origin < prefill.prompt_end - prefill.past)
-    width = torch.arange(1, keep.shape[1] + 1, device=keep.device)
-    last = (asked * width).argmax(1)
-
+    keep = torch.ones_like(prefill.alive.valid)
+    signals = Signals(prefill, step, hidden)
     columns, groups, merged = [], [], hidden
-    for group, rows, column in zip(prefill.groups, prefill.rows, alive.columns, strict=True):
-        text = None
-        if "text" in step.needs:
-            text = _text_after(hidden, rows, column, asked & ~image, last)
+    for number, (group, rows, column) in enumerate(
+        zip(prefill.groups, prefill.rows, prefill.alive.columns, strict=True)
+    ):
         view = View(
             features=hidden[rows[:, None], column],
             coordinates=group.coordinates,
             grid=group.grid,
             entered=group.entered,
             num_layers=num_layers,
-            text=text,
-            query=hidden[rows, last[rows]] if "query" in step.needs else None,
+            **(signals.of_group(number) if group.kept else {}),
         )
-        kept = checked_select(step, view)
+        kept = checked_select(step, view) if group.kept else Keep.everything(view)
         stays = column.gather(1, kept.index.sort(-1).values)
         if kept.features is not None:
             merged = merged.clone() if merged is hidden else merged
@@ -116,19 +110,3 @@ def select_between_layers(
     unchanged = all(new.kept == old.kept for new, old in zip(groups, prefill.groups, strict=True))
     prefill.groups = groups
     return merged, keep, None if unchanged else columns
-
-
-def _text_after(
-    hidden: Float[Tensor, "batch tokens dim"],
-    rows: Int[Tensor, " images"],
-    column: Int[Tensor, "images kept"],
-    is_text: Bool[Tensor, "batch tokens"],
-    last: Int[Tensor, " batch"],
-) -> Text:
-    """Hidden states of the text after each image; of the last prompt position, if the prompt ends with the image."""
-    ends = column[:, -1]
-    start = int(ends.min())
-    places = torch.arange(start, hidden.shape[1], device=hidden.device)
-    mask = is_text[rows, start:] & (places > ends[:, None])
-    mask |= places == last[rows, None]
-    return Text(hidden[rows, start:], mask, scale=1.0)

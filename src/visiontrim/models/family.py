@@ -54,6 +54,15 @@ class Family(ABC):
         """The text model without its head; has ``layers``, ``rotary_emb`` and ``embed_tokens``."""
 
     @property
+    def final_norm(self) -> Any:
+        """The norm after the last decoder layer."""
+        return self.language_model.norm
+
+    def decoder_attention(self, layer: int) -> Any:
+        """The attention module of decoder layer ``layer``."""
+        return self.language_model.layers[layer].self_attn
+
+    @property
     @abstractmethod
     def placeholder_ids(self) -> tuple[int, ...]:
         """Token ids that stand for one vision token each."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from visiontrim.core.method import DecoderLayer, Method, Plan, Step, VisionOutput
     from visiontrim.core.registry import list_methods, load_method, register
     from visiontrim.core.view import Keep, Text, View
-    from visiontrim.methods import NoTrim, Random, Uniform, VisionTrim
+    from visiontrim.methods import FastV, NoTrim, Random, Uniform, VisionTrim
     from visiontrim.models import TextTower
     from visiontrim.report import Report
     from visiontrim.run import Run, trim
@@ -33,7 +33,7 @@ _HOMES = {
     "core.method": ["DecoderLayer", "Method", "Plan", "Step", "VisionOutput"],
     "core.registry": ["list_methods", "load_method", "register"],
     "core.view": ["Keep", "Text", "View"],
-    "methods": ["NoTrim", "Random", "Uniform", "VisionTrim"],
+    "methods": ["FastV", "NoTrim", "Random", "Uniform", "VisionTrim"],
     "models": ["TextTower"],
     "report": ["Report"],
     "run": ["Run", "trim"],
@@ -42,6 +42,7 @@ _HOME = {name: f"visiontrim.{module}" for module, names in _HOMES.items() for na
 
 __all__ = [
     "DecoderLayer",
+    "FastV",
     "Keep",
     "Method",
     "NoTrim",

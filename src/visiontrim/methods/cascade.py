@@ -11,7 +11,6 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -52,11 +51,14 @@ class Cascade(Method):
 
     @abstractmethod
     def choose(self, view: View, count: int) -> Keep:
-        """Which ``count`` tokens, fewer than there are and at least one, go on."""
+        """Which ``count`` tokens, fewer than there are, go on."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_depths(self.depths)
+        self._check_keep()
+
+    def _check_keep(self) -> None:
         keep = self.keep
         if not isinstance(keep, tuple):
             check_amount(keep)
@@ -116,12 +118,9 @@ class Stage(Step):
         return self.method.needs
 
     def select(self, view: View) -> Keep:
-        batch, tokens = view.features.shape[:2]
         count = self.method.count(view, self.number, self.layers)
-        if count >= tokens:
+        if count >= view.features.shape[1]:
             return Keep.everything(view)
-        if count == 0:
-            return Keep(torch.empty(batch, 0, dtype=torch.long, device=view.features.device))
         return self.method.choose(view, count)
 
     def __str__(self) -> str:

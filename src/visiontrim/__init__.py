@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from visiontrim.core.method import DecoderLayer, Method, Plan, Step, VisionOutput
     from visiontrim.core.registry import list_methods, load_method, register
     from visiontrim.core.view import Keep, Text, View
-    from visiontrim.methods import NoTrim, Random, Uniform, VisionTrim
+    from visiontrim.methods import (
+        ADSC,
+        DART,
+        FastV,
+        FiCoCoL,
+        NoTrim,
+        PyramidDrop,
+        Random,
+        SparseVLM,
+        Uniform,
+        V2Drop,
+        VisionTrim,
+    )
     from visiontrim.models import TextTower
     from visiontrim.report import Report
     from visiontrim.run import Run, trim
@@ -33,7 +45,19 @@ _HOMES = {
     "core.method": ["DecoderLayer", "Method", "Plan", "Step", "VisionOutput"],
     "core.registry": ["list_methods", "load_method", "register"],
     "core.view": ["Keep", "Text", "View"],
-    "methods": ["NoTrim", "Random", "Uniform", "VisionTrim"],
+    "methods": [
+        "ADSC",
+        "DART",
+        "FastV",
+        "FiCoCoL",
+        "NoTrim",
+        "PyramidDrop",
+        "Random",
+        "SparseVLM",
+        "Uniform",
+        "V2Drop",
+        "VisionTrim",
+    ],
     "models": ["TextTower"],
     "report": ["Report"],
     "run": ["Run", "trim"],
@@ -41,19 +65,26 @@ _HOMES = {
 _HOME = {name: f"visiontrim.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ADSC",
+    "DART",
     "DecoderLayer",
+    "FastV",
+    "FiCoCoL",
     "Keep",
     "Method",
     "NoTrim",
     "Plan",
+    "PyramidDrop",
     "Random",
     "Report",
     "Run",
+    "SparseVLM",
     "Step",
     "Text",
     "TextTower",
     "TrimError",
     "Uniform",
+    "V2Drop",
     "View",
     "VisionOutput",
     "VisionTrim",

@@ -26,7 +26,8 @@ from visiontrim.engine.cache import (
     physical_length,
     trimmed_layer,
 )
-from visiontrim.engine.call import Alive, Call, Forward, Prefill, Removal
+from visiontrim.engine.call import Alive, Call, Forward, Heard, Prefill, Removal
+from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import place_groups, select_between_layers
@@ -45,6 +46,7 @@ class LanguageStage:
         self._steps = steps
         self._compact = positions == "compact"
         self._session = session
+        self._hearing = Hearing(family, steps, session)
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -56,11 +58,11 @@ class LanguageStage:
             removers.append(Replaced(self._model, self._family.deepstack, self._add_features))
         # flash attention reads gaps in position_ids as borders of packed sequences, so no layer may get them
         flash = "flash" in (self._model.config._attn_implementation or "")
-        first = 0 if flash else min(self._steps, default=len(self._model.layers))
+        first = 0 if flash else min(self._steps.keys() | self._hearing.remembers, default=len(self._model.layers))
         for index in range(first, len(self._model.layers)):
             hook = self._layer_hook(index)
             removers.append(self._model.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
-        return removers
+        return removers + self._hearing.attach()
 
     def _enter(self, module, args, kwargs):
         call, cache = self._session.call, kwargs.get("past_key_values")
@@ -102,6 +104,7 @@ class LanguageStage:
         alive = Alive(origin, valid, [], [])
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid)
         place_groups(prefill, self._family)
+        self._hearing.enter(prefill, embeds)
         return prefill
 
     def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
@@ -114,6 +117,7 @@ class LanguageStage:
             mark[:, : group.marks_beside(group.kept)]
             for mark, group in zip(prefill.alive.marks, prefill.groups, strict=True)
         ]
+        prefill.entered = columns
         image = self._family.placeholders(prefill.call.forward_ids)
         index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
@@ -166,7 +170,9 @@ class LanguageStage:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             if layer in self._steps:
-                hidden = self._start_segment(forward, layer, hidden, kwargs)
+                hidden = self._start_segment(forward, layer, hidden, args, kwargs)
+            if isinstance(forward, Prefill):
+                self._hearing.remember(forward, layer, hidden)
             if not forward.overrides:
                 return None
             kwargs = kwargs | {key: value for key, value in forward.overrides.items() if key in kwargs}
@@ -176,14 +182,18 @@ class LanguageStage:
 
         return hook
 
-    def _start_segment(self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _start_segment(
+        self, forward: Forward, layer: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         """Select at a language stage, and fix what the layers of its segment get."""
         cache, earlier, index = forward.cache, trimmed_layer(forward.cache, layer), None
         if isinstance(forward, Prefill):
             with self._session.clock("method"), torch.no_grad():
+                self._hearing.before_step(forward, layer, hidden, args, kwargs)
                 hidden, keep, columns, marks = select_between_layers(
                     forward, self._steps[layer], hidden, len(self._model.layers)
                 )
+                forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:
                 index = self._narrow(forward, layer, keep, columns, marks)
                 hidden = gather(hidden, index)

@@ -61,6 +61,15 @@ class Family(ABC):
         return None
 
     @property
+    def final_norm(self) -> Any:
+        """The norm after the last decoder layer."""
+        return self.language_model.norm
+
+    def decoder_attention(self, layer: int) -> Any:
+        """The attention module of decoder layer ``layer``."""
+        return self.language_model.layers[layer].self_attn
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """What the model takes besides text."""
         return ("image", "video") if hasattr(self.core, "get_video_features") else ("image",)

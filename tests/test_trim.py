@@ -132,7 +132,10 @@ def test_unknown_positions(model):
 
 def test_unsupported_families():
     bert = BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    with pytest.raises(vt.TrimError, match=r"BertModel \(model_type 'bert'\) is not supported.*known are llava"):
+    with pytest.raises(
+        vt.TrimError,
+        match=r"BertModel \(model_type 'bert'\) is not supported.*known are idefics3, internvl, llava, llava_next",
+    ):
         vt.trim(bert)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     clip = CLIPVisionConfig(**small, image_size=28, patch_size=14)
@@ -140,7 +143,10 @@ def test_unsupported_families():
     siglip = SiglipVisionConfig(**small, image_size=28, patch_size=14, vision_use_head=False)
     dino = Dinov2Config(**{key: small[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")})
     for options, message in [
-        ({"vision_config": dino}, "LLaVA with a dinov2 encoder is not supported: use one of clip_vision_model, siglip"),
+        (
+            {"vision_config": dino},
+            "Llava with a dinov2 encoder is not supported: use clip_vision_model, siglip_vision_model, pixtral",
+        ),
         ({"vision_config": clip, "vision_feature_select_strategy": "full"}, "which would have no grid: use 'default'"),
         ({"vision_config": siglip}, "which would have no grid: use 'full'"),
         ({"vision_config": clip, "vision_feature_layer": [-2, -1]}, "use a single layer"),

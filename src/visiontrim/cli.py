@@ -1,4 +1,4 @@
-"""The command line: ``visiontrim ask | map | methods``."""
+"""The command line: ``visiontrim ask | map | methods | models``."""
 
 from __future__ import annotations
 
@@ -199,6 +199,36 @@ def show_methods(as_json: Json = False) -> None:
         flags = ["yes" if row[flag] else "" for flag in ("text_aware", "merges")]
         table.add_row(row["name"], ", ".join(row["stages"]), *flags, options, row["summary"], row["paper"])
     _console().print(table)
+
+
+@app.command("models", epilog="Example:  visiontrim models --json | jq '.[].model_type'")
+def show_models(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/models.md.")] = False,
+) -> None:
+    """List the families of models, and what works with each."""
+    from visiontrim.models import list_families
+
+    rows = [{"model_type": name} | family.supports() for name, family in list_families().items()]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    titles = {key: key.replace("_", " ") for key in rows[0]}
+    cells = [[_cell(row[key]) for key in titles] for row in rows]
+    if markdown:
+        for line in ([*titles.values()], ["---"] * len(titles), *cells):
+            print(f"| {' | '.join(line)} |")
+        return
+    table = Table(*titles.values())
+    for line in cells:
+        table.add_row(*line)
+    _console().print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _prepare(

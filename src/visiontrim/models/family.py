@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -33,6 +33,16 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     """Values of ``config.model_type`` that the family covers."""
+    checkpoints: ClassVar[str]
+    """What people know the family by."""
+    scores: ClassVar[str] = "none"
+    """What of the encoder's attention can rank tokens."""
+    unit: ClassVar[str] = "image"
+    """What ``keep`` counts in, see ``per`` of :func:`visiontrim.trim`."""
+    video: ClassVar[bool] = False
+    """Whether the model takes videos as such."""
+    text_tower: ClassVar[bool] = False
+    """Whether tokens are selected in the space of a CLIP encoder, where a CLIP text tower can guide."""
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
     adjoining: ClassVar[bool] = False
@@ -40,6 +50,22 @@ class Family(ABC):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
+
+    @classmethod
+    def supports(cls) -> dict[str, Any]:
+        """What works with the family, for tables; ``tests/test_families.py`` runs each cell."""
+        return {
+            "checkpoints": cls.checkpoints,
+            "vision_stage": True,
+            "language_stage": not cls.bidirectional,
+            "guided_by": ["text tower", "embeddings"] if cls.text_tower else ["embeddings"],
+            "scores": cls.scores,
+            "keep_counts_per": cls.unit,
+            "video": cls.video,
+            "several_images": True,
+            "batch": True,
+            "turns": not cls.bidirectional,
+        }
 
     @property
     def core(self) -> Any:
@@ -72,7 +98,7 @@ class Family(ABC):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What the model takes besides text."""
-        return ("image", "video") if hasattr(self.core, "get_video_features") else ("image",)
+        return ("image", "video") if self.video else ("image",)
 
     def placeholders(
         self, input_ids: Int[Tensor, "batch tokens"], kind: Kind | None = None
@@ -141,7 +167,7 @@ class Family(ABC):
 
 
 FamilyType = TypeVar("FamilyType", bound=type[Family])
-_registered: dict[str, Callable[[PreTrainedModel], Family]] = {}
+_registered: dict[str, type[Family]] = {}
 
 
 def register_family(cls: FamilyType) -> FamilyType:
@@ -157,7 +183,7 @@ def _load_plugins() -> None:
         point.load()
 
 
-def list_families() -> dict[str, Callable[[PreTrainedModel], Family]]:
+def list_families() -> dict[str, type[Family]]:
     """All families by ``model_type``: the package's own and those of plug-ins (entry points ``visiontrim.models``)."""
     _load_plugins()
     return dict(sorted(_registered.items()))

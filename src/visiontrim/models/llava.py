@@ -80,6 +80,9 @@ class LlavaLike(Family):
 @register_family
 class Llava(LlavaLike):
     model_types = ("llava",)
+    checkpoints = "LLaVA-1.5, BakLLaVA, Pixtral-12B (mistral-community)"
+    scores = "[CLS] with CLIP, attention received with SigLIP and Pixtral"
+    text_tower = True
 
     def __init__(self, model) -> None:
         super().__init__(model)

@@ -50,6 +50,10 @@ class AnyRes(LlavaLike):
 @register_family
 class LlavaNext(AnyRes):
     model_types = ("llava_next",)
+    checkpoints = "LLaVA-NeXT (1.6)"
+    scores = "[CLS] of each tile; attention received with SigLIP"
+    unit = "image with its tiles, or tile"
+    text_tower = True
 
     def __init__(self, model) -> None:
         super().__init__(model)
@@ -68,6 +72,11 @@ class LlavaNextVideo(LlavaNext):
     """Frames of a video are pooled before the projector."""
 
     model_types = ("llava_next_video",)
+    checkpoints = "LLaVA-NeXT-Video"
+    scores = "[CLS] of each tile or frame"
+    unit = "image with its tiles, tile, video, or frame"
+    video = True
+    text_tower = True
 
     @property
     def _stride(self) -> int:
@@ -94,6 +103,10 @@ class LlavaOnevision(AnyRes):
     """Large mosaics and the frames of videos are resampled after the projector, so tokens are selected after that."""
 
     model_types = ("llava_onevision",)
+    checkpoints = "LLaVA-OneVision"
+    scores = "attention received"
+    unit = "image with its tiles, tile, video, or frame"
+    video = True
 
     def __init__(self, model) -> None:
         super().__init__(model)

@@ -17,6 +17,10 @@ class QwenVL(Family):
     """Tokens are selected after the merger. The encoder has no [CLS]: attention received, pooled over the unit."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    checkpoints = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
+    scores = "attention received, mean over each merged unit"
+    unit = "image, video, or frame"
+    video = True
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.visual

@@ -43,6 +43,9 @@ class InternVL(_Square):
     """Tiles of one image follow each other without text between them, and share its budget."""
 
     model_types = ("internvl",)
+    checkpoints = "InternVL3 (-hf); a video comes as images"
+    scores = "[CLS] of each tile, mean over each shuffled unit"
+    unit = "image with its tiles, or tile"
     adjoining = True
 
     def __init__(self, model) -> None:
@@ -69,6 +72,9 @@ class Idefics3(_Square):
     """Tiles are written as images of their own, with text between them, and each is one here too."""
 
     model_types = ("idefics3", "smolvlm")
+    checkpoints = "Idefics3, SmolVLM, SmolVLM2; a video comes as images"
+    scores = "attention received, mean over each shuffled unit"
+    unit = "tile"
 
     def __init__(self, model) -> None:
         super().__init__(model)
@@ -90,6 +96,8 @@ class Mistral3(Family):
     """Pixtral encoder: images of any size in one sequence, merged in the projector."""
 
     model_types = ("mistral3",)
+    checkpoints = "Mistral Small 3.1 and later, Ministral 3"
+    scores = "attention received, mean over each merged unit"
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_tower

@@ -17,6 +17,11 @@ from visiontrim.models.llava import LlavaLike
 @register_family
 class VideoLlava(LlavaLike):
     model_types = ("video_llava",)
+    checkpoints = "Video-LLaVA"
+    scores = "[CLS] of each frame"
+    unit = "image, video, or frame; the [CLS] of a frame always stays"
+    video = True
+    text_tower = True
 
     def __init__(self, model) -> None:
         super().__init__(model)

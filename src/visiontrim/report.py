@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-from visiontrim.core.method import Method
+from visiontrim.core.method import Method, Site
 from visiontrim.core.trace import ImageTrace, Trace
 from visiontrim.models.family import Family
 
@@ -48,7 +50,8 @@ class Report:
     @classmethod
     def of(cls, trace: Trace, method: Method, family: Family) -> Report:
         """Count up ``trace``."""
-        images, layers = trace.images, len(trace.widths)
+        layers = len(trace.widths)
+        images = [_Image.of(parts) for _, parts in itertools.groupby(trace.images, key=lambda image: image.number)]
         cached = trace.batch * sum(trace.cache_lengths)
         full = trace.past + trace.length
         keys = trace.cache_lengths or trace.widths
@@ -56,7 +59,7 @@ class Report:
             method=str(method),
             images=len(images),
             input_tokens=_mean(image.total for image in images),
-            kept_tokens=_mean(image.entered for image in images),
+            kept_tokens=_mean(image.per_layer[0] for image in images),
             per_layer=tuple(_mean(image.per_layer[layer] for image in images) for layer in range(layers)),
             stages=_stages(images),
             kv_bytes=trace.cache_bytes,
@@ -92,21 +95,46 @@ class Report:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """The parts of one image or video, counted together."""
+
+    total: int
+    per_layer: tuple[int, ...]
+    stages: tuple[tuple[Site, int, int], ...]
+    """Site, dominant and complement tokens."""
+
+    @classmethod
+    def of(cls, parts: Iterable[ImageTrace]) -> _Image:
+        parts = list(parts)
+        return cls(
+            total=sum(part.total + part.marks for part in parts),
+            per_layer=tuple(map(sum, zip(*(part.per_layer for part in parts), strict=True))),
+            stages=tuple(
+                (
+                    stages[0].site,
+                    sum(int((~stage.complement).sum()) for stage in stages),
+                    sum(int(stage.complement.sum()) for stage in stages),
+                )
+                for stages in zip(*(part.stages for part in parts), strict=True)
+            ),
+        )
+
+
 def _mean(values) -> float:
     values = list(values)
     mean = sum(values) / len(values)
     return int(mean) if mean == int(mean) else mean
 
 
-def _stages(images: tuple[ImageTrace, ...]) -> tuple[dict[str, Any], ...]:
-    steps = list(zip(*(image.stages for image in images), strict=True))
+def _stages(images: list[_Image]) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
-            "site": str(stages[0].site),
-            "dominant": _mean(int((~stage.complement).sum()) for stage in stages),
-            "complement": _mean(int(stage.complement.sum()) for stage in stages),
+            "site": str(stages[0][0]),
+            "dominant": _mean(dominant for _, dominant, _ in stages),
+            "complement": _mean(complement for _, _, complement in stages),
         }
-        for stages in steps
+        for stages in zip(*(image.stages for image in images), strict=True)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 from PIL import Image
@@ -16,7 +16,7 @@ from visiontrim.core.method import Method, Positions
 from visiontrim.core.registry import load_method
 from visiontrim.core.trace import Trace
 from visiontrim.engine.guidance import Questions
-from visiontrim.engine.session import Clock, Session
+from visiontrim.engine.session import Clock, Per, Session
 from visiontrim.images import as_seen
 from visiontrim.models.family import Family, family_of
 from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower
@@ -36,6 +36,7 @@ def trim(
     text_tower: str | Path | TextTower | None = None,
     processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
     positions: Positions | None = None,
+    per: Per = "image",
     clock: Clock | None = None,
 ) -> Run:
     """Compress the vision tokens of ``model`` while the returned run is open.
@@ -58,6 +59,8 @@ def trim(
             ``run.picture`` learns from it which part of an image the model sees.
         positions: position ids of survivors: ``"keep"`` (their own) or ``"compact"`` (consecutive); None takes the
             method's rule.
+        per: what a number of tokens is meant for: a whole ``"image"`` (with all its tiles; a whole video), each
+            ``"tile"`` of an anyres image, or each ``"frame"`` of a video.
         clock: times the method's own work, see :class:`visiontrim.measure.Clock`.
 
     Raises:
@@ -66,7 +69,9 @@ def trim(
     chosen = load_method(method, **({} if keep is None else {"keep": keep}))
     if positions not in (None, "keep", "compact"):
         raise TrimError(f"positions={positions!r}: choose 'keep' or 'compact'")
-    return Run(model, chosen, question, text_tower, processor, positions, clock)
+    if per not in get_args(Per):
+        raise TrimError(f"per={per!r}: choose from {', '.join(map(repr, get_args(Per)))}")
+    return Run(model, chosen, question, text_tower, processor, positions, per, clock)
 
 
 class Run:
@@ -83,6 +88,7 @@ class Run:
         text_tower: str | Path | TextTower | None,
         processor: ProcessorMixin | PreTrainedTokenizerBase | None,
         positions: Positions | None,
+        per: Per,
         clock: Clock | None,
     ) -> None:
         self.model = model
@@ -97,7 +103,7 @@ class Run:
             )
         self._questions = Questions(guidance, question)
         self._session = Session(
-            self._family, method, positions or method.positions, self._questions, self._finish, clock
+            self._family, method, positions or method.positions, per, self._questions, self._finish, clock
         )
         self._trace: Trace | None = None
         self._attached = False
@@ -145,13 +151,19 @@ class Run:
         """What the latest prefill saved: one line as text, ``table()`` for rich, ``to_dict()`` for JSON."""
         return Report.of(self.trace, self.method, self._family)
 
-    def picture(self, image: Image.Image, number: int = 0) -> Image.Image:
-        """Draw on ``image``, the prompt's image ``number``, which of its tokens were kept, merged and dropped."""
-        images = self.trace.images
-        if not 0 <= number < len(images):
-            raise TrimError(f"there is no image {number}: the prompt had {len(images)}, counted from 0")
+    def picture(self, image: Image.Image, number: int = 0, part: int = 0) -> Image.Image:
+        """Draw on ``image``, the prompt's image ``number``, which of its tokens were kept, merged and dropped.
+
+        An anyres image has an overview as ``part`` 0 and the mosaic of its tiles as part 1.
+        """
+        images = 1 + max(image.number for image in self.trace.images)
+        parts = [image for image in self.trace.images if image.number == number]
+        if not parts:
+            raise TrimError(f"there is no image {number}: the prompt had {images}, counted from 0")
+        if not 0 <= part < len(parts):
+            raise TrimError(f"there is no part {part} of image {number}: it has {len(parts)}, counted from 0")
         seen = as_seen(image, getattr(self._processor, "image_processor", None))
-        return token_map(seen, images[number])
+        return token_map(seen, parts[part])
 
     def _finish(self, trace: Trace) -> None:
         self._trace = trace

@@ -25,19 +25,25 @@ class StageTrace:
 
 @dataclass(frozen=True, slots=True)
 class ImageTrace:
-    """One image (tile, video) of the prompt and what every stage left of it."""
+    """One image or video of the prompt, or a part of it with a grid of its own, and what every stage left of it."""
 
     sample: int
     """Row of the batch, before any expansion by beams."""
+    number: int
+    """Which image or video it is or belongs to, counted from 0 over the whole batch."""
+    before: int
+    """Tokens of that image in parts before this one."""
     grid: tuple[int, int, int]
     """(frames, rows, columns) of the uncompressed tokens."""
+    marks: int
+    """Vision tokens without a place on the grid, such as newlines; they go with the first token that goes."""
     stages: tuple[StageTrace, ...]
     per_layer: tuple[int, ...]
-    """Vision tokens of this image that each decoder layer processes."""
+    """Vision tokens of this image, marks included, that each decoder layer processes."""
 
     @property
     def total(self) -> int:
-        """Vision tokens before compression."""
+        """Vision tokens on the grid before compression."""
         frames, rows, columns = self.grid
         return frames * rows * columns
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Site, VisionOutput
 from visiontrim.core.trace import ImageTrace, StageTrace
-from visiontrim.core.view import Keep
+from visiontrim.core.view import Keep, Signal
 from visiontrim.engine.pack import gather, pack_left
+from visiontrim.models.family import Arguments, Kind
+from visiontrim.models.layout import Visual
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,51 @@ class Survivors:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What the segments of a group have in common, besides their number of survivors."""
+
+    kind: Kind
+    grid: tuple[int, int, int]
+    whole: int | None
+    before: int
+    """Budget of which it is a part, see :class:`~visiontrim.core.view.View`."""
+    marks_stay: bool
+
+
+@dataclass(frozen=True)
 class Group:
-    """The images of a call that have the same grid and the same number of surviving tokens, stacked."""
+    """Segments of the call that have the same grid and the same number of surviving tokens, stacked."""
 
     rows: tuple[int, ...]
-    """Row of the batch that each image belongs to."""
-    grid: tuple[int, int, int]
+    """Row of the batch that each segment belongs to."""
+    numbers: tuple[int, ...]
+    """Number, in the call, of the image or video that each segment belongs to."""
+    part: Part
+    """What they have in common."""
+    places: Int[Tensor, "images total"]
+    """Which of the placeholders of its row each token has."""
+    marks: Int[Tensor, "images marks"]
+    """The same for tokens without a place on the grid."""
     now: Survivors
     history: tuple[tuple[Site, Survivors], ...] = ()
     """What each step so far left, in order."""
 
     @classmethod
-    def uncompressed(cls, rows: tuple[int, ...], grid: tuple[int, int, int], device: torch.device) -> Group:
-        total = grid[0] * grid[1] * grid[2]
-        index = torch.arange(total, device=device).expand(len(rows), total)
-        return cls(rows, grid, Survivors(index, index, torch.zeros_like(index, dtype=torch.bool)))
+    def uncompressed(
+        cls,
+        rows: tuple[int, ...],
+        numbers: tuple[int, ...],
+        part: Part,
+        places: Int[Tensor, "images total"],
+        marks: Int[Tensor, "images marks"],
+    ) -> Group:
+        index = torch.arange(places.shape[1], device=places.device).expand_as(places)
+        survivors = Survivors(index, index, torch.zeros_like(index, dtype=torch.bool))
+        return cls(rows, numbers, part, places, marks, survivors)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.part.grid
 
     @property
     def total(self) -> int:
@@ -90,19 +123,30 @@ class Group:
         before = [past.index.shape[1] for site, past in self.history if isinstance(site, VisionOutput)]
         return before[-1] if before else self.total
 
+    def marks_beside(self, kept: int) -> int:
+        """Marks of each segment that are there when ``kept`` of its tokens are."""
+        return self.marks.shape[1] if self.part.marks_stay or kept == self.total else 0
+
     def per_layer(self, num_layers: int) -> tuple[int, ...]:
-        """Tokens of each image that every decoder layer processes."""
+        """Tokens of each segment, marks included, that every decoder layer processes."""
         counts = [self.entered] * num_layers
         for site, past in self.history:
             if isinstance(site, DecoderLayer):
                 counts[site.index :] = [past.index.shape[1]] * (num_layers - site.index)
-        return tuple(counts)
+        return tuple(count + self.marks_beside(count) for count in counts)
 
     def select(self, images: list[int], rows: tuple[int, ...]) -> Group:
         """The given images, in that order, as if they belonged to ``rows``."""
         picked = torch.tensor(images, device=self.now.index.device)
-        history = tuple((site, past.pick(picked)) for site, past in self.history)
-        return Group(rows, self.grid, self.now.pick(picked), history)
+        return replace(
+            self,
+            rows=rows,
+            numbers=tuple(self.numbers[image] for image in images),
+            places=self.places[picked],
+            marks=self.marks[picked],
+            now=self.now.pick(picked),
+            history=tuple((site, past.pick(picked)) for site, past in self.history),
+        )
 
     def trace(self, image: int, sample: int, num_layers: int) -> ImageTrace:
         """The record of one image."""
@@ -110,19 +154,41 @@ class Group:
             StageTrace(site, past.index[image], past.assignment[image], past.complement[image])
             for site, past in self.history
         )
-        return ImageTrace(sample, self.grid, stages, self.per_layer(num_layers))
+        return ImageTrace(
+            sample=sample,
+            number=self.numbers[image],
+            before=self.part.before,
+            grid=self.grid,
+            marks=self.marks.shape[1],
+            stages=stages,
+            per_layer=self.per_layer(num_layers),
+        )
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The tokens of an encoding that go on."""
+
+    slots: Int[Tensor, " kept"]
+    """Where they belong among the tokens that were selected from, all images one after the other."""
+    features: Float[Tensor, "kept dim"]
+    blank: Int[Tensor, " marks"]
+    """Placeholders, counted over the whole encoding, of marks that go with their segments."""
+    shape: torch.Size
+    """Of the tokens that were selected from, without their width."""
 
 
 @dataclass
 class Encoding:
-    """One pass of the encoder and the projector."""
+    """One call of ``get_image_features`` or ``get_video_features``."""
 
-    grid: tuple[int, int, int]
-    signals: dict[str, Tensor] = field(default_factory=dict)
-    """Attention signals of :class:`~visiontrim.core.view.View`, by name."""
+    kind: Kind
+    arguments: Arguments
+    heard: dict[Signal, list[Tensor]] = field(default_factory=dict)
+    """Signals of the encoder, [patches, ...] of one chunk after the other."""
     last_hidden: Tensor | None = None
-    slots: Tensor | None = None
-    """Slots that the projected features go to; None leaves them as they are."""
+    selected: Selected | None = None
+    """What was selected; None if everything stays as it is."""
 
 
 @dataclass
@@ -144,33 +210,33 @@ class Call:
     carries_vision: bool = False
     """Whether the forward in progress consumes image features."""
     encoding: Encoding | None = None
-    """Set between the start of the encoder and the end of the projector."""
+    """Set while images or videos are encoded."""
     groups: list[Group] = field(default_factory=list)
     """The images that were encoded, in order; those of the next forward that carries vision."""
 
     @staticmethod
-    def rows_of_images(placeholders: Bool[Tensor, "batch tokens"], sizes: list[int]) -> tuple[int, ...]:
-        """Row of the batch of every image, from the placeholders of each row and the vision tokens of each image.
+    def owners(placeholders: Bool[Tensor, "batch tokens"], visuals: Sequence[Visual]) -> list[tuple[int, int]]:
+        """Row of the batch of every image, and which placeholder of that row is its first.
 
         Raises :class:`TrimError` if images and placeholders do not fit.
         """
         counts = placeholders.sum(-1).tolist()
-        rows: list[int] = []
-        image = 0
+        owners: list[tuple[int, int]] = []
         for row, count in enumerate(counts):
-            while count > 0 and image < len(sizes):
-                count -= sizes[image]
-                rows.append(row)
-                image += 1
-            if count:
+            taken = 0
+            while taken < count and len(owners) < len(visuals):
+                owners.append((row, taken))
+                taken += visuals[len(owners) - 1].length
+            if taken != count:
                 break
-        if len(rows) != len(sizes) or sum(counts) != sum(sizes):
+        total = sum(visual.length for visual in visuals)
+        if len(owners) != len(visuals) or sum(counts) != total:
             raise TrimError(
                 f"the prompt has {sum(counts)} image placeholders ({', '.join(map(str, counts))} by row) but the "
-                f"{len(sizes)} images give {sum(sizes)} vision tokens: build prompt and images with one call of the "
+                f"{len(visuals)} images give {total} vision tokens: build prompt and images with one call of the "
                 "model's processor"
             )
-        return tuple(rows)
+        return owners
 
 
 @dataclass
@@ -183,16 +249,20 @@ class Alive:
     """False marks padding."""
     columns: list[Int[Tensor, "images kept"]]
     """For every group the places, in this batch, of its images' tokens."""
+    marks: list[Int[Tensor, "images marks"]]
+    """The same for tokens without a place on the grid."""
 
     def narrowed(
-        self, keep: Bool[Tensor, "batch tokens"], columns: list[Int[Tensor, "images kept"]], rows: list[Tensor]
+        self, keep: Bool[Tensor, "batch tokens"], columns: list[Tensor], marks: list[Tensor], rows: list[Tensor]
     ) -> tuple[Int[Tensor, "batch kept"], Alive]:
-        """Drop what ``keep`` does not say; ``columns`` are the old places of the surviving image tokens."""
+        """Drop what ``keep`` does not say; ``columns`` and ``marks`` are the old places of what survives of images."""
         keep = keep & self.valid
         index, valid = pack_left(keep)
         place = keep.cumsum(1) - 1 + (index.shape[1] - keep.sum(1, keepdim=True))
-        moved = [place[row[:, None], column] for row, column in zip(rows, columns, strict=True)]
-        return index, Alive(gather(self.origin, index), valid, moved)
+        columns, marks = (
+            [place[row[:, None], old] for row, old in zip(rows, group, strict=True)] for group in (columns, marks)
+        )
+        return index, Alive(gather(self.origin, index), valid, columns, marks)
 
 
 @dataclass
@@ -235,7 +305,7 @@ class Prefill(Forward):
     chunk_valid: Bool[Tensor, "batch length"] = field(kw_only=True)
     """Which tokens of the uncompressed chunk are no padding."""
     groups: list[Group] = field(default_factory=list)
-    """The images of all rows, beams included."""
+    """The segments of all rows, beams included."""
     rows: list[Int[Tensor, " images"]] = field(default_factory=list)
     """For every group the batch rows of its images."""
     removals: list[Removal] = field(default_factory=list)

@@ -96,9 +96,9 @@ class LanguageStage:
             return Forward(cache, mask, length, past, positions)
         origin = torch.arange(length, device=embeds.device).expand(batch, -1)
         valid = torch.ones_like(origin, dtype=torch.bool) if mask is None else mask[:, -length:].bool()
-        alive = Alive(origin, valid, [])
+        alive = Alive(origin, valid, [], [])
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid)
-        place_groups(prefill, self._family.placeholders(call.forward_ids))
+        place_groups(prefill, self._family)
         return prefill
 
     def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
@@ -107,15 +107,19 @@ class LanguageStage:
             column.gather(1, group.now.index.sort(-1).values)
             for column, group in zip(prefill.alive.columns, prefill.groups, strict=True)
         ]
+        marks = [
+            mark[:, : group.marks_beside(group.kept)]
+            for mark, group in zip(prefill.alive.marks, prefill.groups, strict=True)
+        ]
         image = self._family.placeholders(prefill.call.forward_ids)
-        index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns)
+        index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
         kwargs["position_ids"] = self._positions(prefill, 0)
         kwargs["attention_mask"] = self._chunk_mask(prefill, 0)
 
-    def _narrow(self, prefill: Prefill, layer: int, keep: Tensor, columns: list[Tensor]) -> Tensor:
+    def _narrow(self, prefill: Prefill, layer: int, keep: Tensor, columns: list[Tensor], marks: list[Tensor]) -> Tensor:
         """Drop tokens from decoder layer ``layer`` on; returns the places, before, of what is left."""
-        index, prefill.alive = prefill.alive.narrowed(keep, columns, prefill.rows)
+        index, prefill.alive = prefill.alive.narrowed(keep, columns, marks, prefill.rows)
         prefill.removals.append(Removal(layer, prefill.alive))
         prefill.overrides["position_ids"] = None  # layers use them for nothing but finding packed sequences
         return index
@@ -164,11 +168,11 @@ class LanguageStage:
         cache, earlier, index = forward.cache, trimmed_layer(forward.cache, layer), None
         if isinstance(forward, Prefill):
             with self._session.clock("method"), torch.no_grad():
-                hidden, keep, columns = select_between_layers(
+                hidden, keep, columns, marks = select_between_layers(
                     forward, self._steps[layer], hidden, len(self._model.layers)
                 )
             if columns is not None:
-                index = self._narrow(forward, layer, keep, columns)
+                index = self._narrow(forward, layer, keep, columns, marks)
                 hidden = gather(hidden, index)
         if isinstance(forward, Prefill) and forward.removals:
             mask = self._chunk_mask(forward, layer)
@@ -227,8 +231,8 @@ class LanguageStage:
         batch = prefill.alive.origin.shape[0]
         copies = batch // prefill.call.samples
         images = sorted(
-            (row, number, image)
-            for number, group in enumerate(prefill.groups)
+            (row, group.numbers[image], group.part.before, place, image)
+            for place, group in enumerate(prefill.groups)
             for image, row in enumerate(group.rows)
             if row % copies == 0
         )
@@ -237,7 +241,7 @@ class LanguageStage:
             widths[removal.start :] = [removal.alive.origin.shape[1]] * (layers - removal.start)
         lengths = () if cache is None else tuple(physical_length(cache, index) for index in range(layers))
         return Trace(
-            images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, n, image in images),
+            images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, _, _, n, image in images),
             batch=batch,
             copies=copies,
             length=prefill.length,

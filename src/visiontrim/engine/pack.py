@@ -18,10 +18,23 @@ def to_slots(
 ) -> Float[Tensor, "batch total dim"]:
     """Put ``features`` into their ``slots`` among ``total``; all other slots are marked as empty."""
     batch, _, dim = features.shape
-    empty = features.new_zeros(dim)
-    empty[: len(_SIGNATURE)] = features.new_tensor(_SIGNATURE)
-    full = empty.expand(batch, total, dim).clone()
+    full = _empty(features).expand(batch, total, dim).clone()
     return full.scatter_(1, slots[..., None].expand_as(features), features)
+
+
+def _empty(features: Float[Tensor, "*shape dim"]) -> Float[Tensor, " dim"]:
+    empty = features.new_zeros(features.shape[-1])
+    empty[: len(_SIGNATURE)] = features.new_tensor(_SIGNATURE)
+    return empty
+
+
+def mark_empty(features: Float[Tensor, "tokens dim"], places: Int[Tensor, " places"]) -> Float[Tensor, "tokens dim"]:
+    """``features`` with the slots at ``places`` marked as empty."""
+    if not len(places):
+        return features
+    marked = features.clone()
+    marked[places] = _empty(features)
+    return marked
 
 
 def is_empty_slot(features: Float[Tensor, "*shape dim"]) -> Bool[Tensor, "*shape"]:

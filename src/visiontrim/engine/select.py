@@ -10,31 +10,31 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
 from visiontrim.core.view import Keep, Text, View
 from visiontrim.engine.call import Group, Prefill
+from visiontrim.models.family import Family
 
 
-def place_groups(prefill: Prefill, image: Bool[Tensor, "batch length"]) -> None:
-    """Find the tokens of every image of the call in the chunk, whose placeholders are ``image``.
+def place_groups(prefill: Prefill, family: Family) -> None:
+    """Find the tokens of every image of the call in the chunk.
 
     When generate() has expanded the batch (beams, several sequences), each row gets its own copy of the groups.
     Raises :class:`TrimError` if placeholders and images do not fit.
     """
-    call = prefill.call
-    copies = image.shape[0] // call.input_ids.shape[0]
+    call, ids = prefill.call, prefill.call.forward_ids
+    copies = ids.shape[0] // call.input_ids.shape[0]
     prefill.groups = [_expanded(group, copies) for group in call.groups]
-    prefill.rows = [torch.tensor(group.rows, device=image.device) for group in prefill.groups]
-    owners = sorted((row, n, i) for n, group in enumerate(prefill.groups) for i, row in enumerate(group.rows))
-    expected = sum(group.total * len(group.rows) for group in prefill.groups)
-    places = image.nonzero()[:, 1]
-    if not expected or len(places) != expected:
+    prefill.rows = [torch.tensor(group.rows, device=ids.device) for group in prefill.groups]
+    wanted = sum(group.places.numel() + group.marks.numel() for group in prefill.groups)
+    found = int(family.placeholders(ids).sum())
+    if not wanted or found != wanted:
         raise TrimError(
-            f"this forward holds {len(places)} image placeholders but {expected} vision tokens were encoded in this "
+            f"this forward holds {found} image placeholders but {wanted} vision tokens were encoded in this "
             "run: pass pixel_values, and the whole prompt in one forward"
         )
-    parts = torch.split(places, [prefill.groups[n].total for _, n, _ in owners])
-    columns: list[list[Tensor]] = [[] for _ in prefill.groups]
-    for part, (_, n, _) in zip(parts, owners, strict=True):
-        columns[n].append(part)
-    prefill.alive.columns = [torch.stack(column) for column in columns]
+    # placeholders of each row in order, then everything else
+    order = {kind: (~family.placeholders(ids, kind)).long().argsort(dim=1, stable=True) for kind in family.kinds}
+    for group, rows in zip(prefill.groups, prefill.rows, strict=True):
+        prefill.alive.columns.append(order[group.part.kind][rows[:, None], group.places])
+        prefill.alive.marks.append(order[group.part.kind][rows[:, None], group.marks])
 
 
 def checked_select(step: Step, view: View) -> Keep:
@@ -75,23 +75,24 @@ def _expanded(group: Group, copies: int) -> Group:
 
 def select_between_layers(
     prefill: Prefill, step: Step, hidden: Float[Tensor, "batch tokens dim"], num_layers: int
-) -> tuple[Tensor, Bool[Tensor, "batch tokens"], list[Int[Tensor, "images kept"]] | None]:
+) -> tuple[Tensor, Bool[Tensor, "batch tokens"], list[Tensor] | None, list[Tensor]]:
     """Let ``step`` select among the vision tokens that are left.
 
     Returns the hidden states (with merged ones written in), which of their tokens stay, and for every group the places
-    of its surviving tokens; None in place of the latter if all stay.
+    of its surviving tokens (None for all groups if all stay) and marks.
     """
     alive = prefill.alive
     keep = torch.ones_like(alive.valid)
     image = torch.zeros_like(keep)
-    for rows, column in zip(prefill.rows, alive.columns, strict=True):
+    for rows, column, mark in zip(prefill.rows, alive.columns, alive.marks, strict=True):
         image[rows[:, None], column] = True
+        image[rows[:, None], mark] = True
     asked = alive.valid & (alive.origin < prefill.prompt_end - prefill.past)
     width = torch.arange(1, keep.shape[1] + 1, device=keep.device)
     last = (asked * width).argmax(1)
 
-    columns, groups, merged = [], [], hidden
-    for group, rows, column in zip(prefill.groups, prefill.rows, alive.columns, strict=True):
+    columns, marks, groups, merged = [], [], [], hidden
+    for group, rows, column, mark in zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True):
         text = None
         if "text" in step.needs:
             text = _text_after(hidden, rows, column, asked & ~image, last)
@@ -101,6 +102,8 @@ def select_between_layers(
             grid=group.grid,
             entered=group.entered,
             num_layers=num_layers,
+            whole=group.part.whole,
+            before=group.part.before,
             text=text,
             query=hidden[rows, last[rows]] if "query" in step.needs else None,
         )
@@ -113,9 +116,12 @@ def select_between_layers(
         keep[rows[:, None], stays] = True
         columns.append(stays)
         groups.append(group.after(kept, step.site))
+        left = groups[-1].marks_beside(groups[-1].kept)
+        keep[rows[:, None], mark[:, left:]] = False
+        marks.append(mark[:, :left])
     unchanged = all(new.kept == old.kept for new, old in zip(groups, prefill.groups, strict=True))
     prefill.groups = groups
-    return merged, keep, None if unchanged else columns
+    return merged, keep, None if unchanged else columns, marks
 
 
 def _text_after(

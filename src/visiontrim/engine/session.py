@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from typing import Any, Literal
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -18,6 +19,9 @@ from visiontrim.engine.language import LanguageStage
 from visiontrim.engine.vision import VisionStage
 from visiontrim.models.family import Family
 
+Per = Literal["image", "tile", "frame"]
+"""What a number of tokens is meant for: a whole image or video, each tile of an anyres image, or each frame."""
+
 Clock = Callable[[str], AbstractContextManager]
 """Gives a context that times what runs in it under a name."""
 
@@ -29,6 +33,7 @@ class Session:
         family: facts about the model.
         method: what to do.
         positions: position ids of survivors.
+        per: what a number of tokens is meant for.
         questions: for guidance by text.
         finish: called with the trace of every prefill that held images.
         clock: times the method's own work under the name "method".
@@ -39,6 +44,7 @@ class Session:
         family: Family,
         method: Method,
         positions: Positions,
+        per: Per,
         questions: Questions,
         finish: Callable[[Trace], None],
         clock: Clock | None = None,
@@ -52,7 +58,7 @@ class Session:
         vision, language = _by_site(method, len(family.language_model.layers))
         _check_layers(family)
         self._stages = (
-            VisionStage(family, vision, questions, self),
+            VisionStage(family, vision, per, questions, self),
             LanguageStage(family, language, positions, self),
         )
         self._removers: list = []
@@ -110,7 +116,7 @@ class Session:
             ids = ids[:, past:]
         if kwargs.get("mm_encoder_outputs"):
             raise TrimError(_FOREIGN_FEATURES)
-        if kwargs.get("pixel_values") is None and bool(self._family.placeholders(ids).any()):
+        if not _pixels(kwargs) and bool(self._family.placeholders(ids).any()):
             raise TrimError(
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
@@ -123,7 +129,7 @@ class Session:
 
     def _begin_forward(self, module, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)
-        pixels = kwargs.get("pixel_values") is not None
+        pixels = _pixels(kwargs)
         features = any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
         if ids is None:
             if pixels or features:
@@ -152,6 +158,10 @@ class Session:
         call = self.call
         if call is not None and call.owner is module:
             self._call.set(None)
+
+
+def _pixels(kwargs: Mapping[str, Any]) -> bool:
+    return any(value is not None for key, value in kwargs.items() if key.startswith("pixel_values"))
 
 
 _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"

@@ -1,128 +1,283 @@
-"""The vision stage: between the encoder and the projector."""
+"""The vision stage: where the encoder's features become vision tokens."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
-from visiontrim.core.view import View
-from visiontrim.engine.call import Call, Encoding, Group
+from visiontrim.core.view import Signal, View
+from visiontrim.engine.call import Call, Encoding, Group, Part, Selected
 from visiontrim.engine.guidance import Questions
-from visiontrim.engine.pack import gather, to_slots
+from visiontrim.engine.pack import mark_empty, to_slots
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.select import checked_select
-from visiontrim.models.family import Family
+from visiontrim.models.family import Family, Kind
+from visiontrim.models.layout import Segment, Visual
 from visiontrim.ops.attention import attention_received, attention_rows
 
 if TYPE_CHECKING:
     from visiontrim.engine.session import Session
 
+HEARD = ("cls_attention", "received_attention")
+"""Signals that come from an attention module of the encoder."""
+
 
 class VisionStage:
-    """Hooks on encoder and projector. Features leave in full number, dropped slots marked (see :mod:`.pack`).
+    """Wraps ``get_image_features`` and ``get_video_features``. Features leave in full number, dropped slots marked.
 
-    Without a step it only notes how many images of which grid were encoded.
+    Tokens are selected before the projector where there is one that maps each by itself, else from the finished
+    features. Without a step it only notes which images of which grid were encoded.
     """
 
-    def __init__(self, family: Family, step: Step | None, questions: Questions, session: Session) -> None:
+    def __init__(self, family: Family, step: Step | None, per: str, questions: Questions, session: Session) -> None:
         self._family = family
         self._step = step
-        self._needs = step.needs if step is not None else frozenset()
+        self._per = per
+        self._needs: frozenset[Signal] = step.needs if step is not None else frozenset()
         self._questions = questions
         self._session = session
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
-        family = self._family
-        removers = [
-            family.vision_tower.register_forward_pre_hook(self._before_encoder, with_kwargs=True),
-            family.vision_tower.register_forward_hook(self._after_encoder),
-            family.projector.register_forward_pre_hook(self._before_projector),
-            family.projector.register_forward_hook(self._after_projector),
-        ]
-        if self._needs & {"cls_attention", "received_attention"}:
-            removers.append(AttentionProbe(family.scored_attention, self._hear_attention))
+        family, removers = self._family, []
+        for kind in family.kinds:
+            removers.append(_Replaced(family.core, f"get_{kind}_features", functools.partial(self._encode, kind)))
+        if family.projector is not None:
+            removers.append(family.projector.register_forward_pre_hook(self._before_projector))
+            removers.append(family.projector.register_forward_hook(self._after_projector))
+        if "joint_last" in self._needs:
+            removers.append(family.encoder("image").register_forward_hook(self._after_encoder))
+        for module, (kind, signals) in self._to_hear().items():
+            removers.append(AttentionProbe(module, functools.partial(self._hear, kind, signals)))
         return removers
 
-    def _before_encoder(self, module, args, kwargs) -> None:
-        call = self._session.call
-        if call is not None:
-            pixel_values = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-            call.encoding = Encoding(self._family.grid(pixel_values))
+    def _to_hear(self) -> dict[Any, tuple[Kind, list[Signal]]]:
+        """The attention modules that signals come from, each with its signals."""
+        modules: dict[Any, tuple[Kind, list[Signal]]] = {}
+        for kind, signal in itertools.product(self._family.kinds, sorted(self._needs, key=str)):
+            name, layer = signal if isinstance(signal, tuple) else (signal, self._family.scored(kind))
+            attentions = self._family.attentions(kind)
+            if name not in HEARD or not attentions:
+                continue
+            if not -len(attentions) <= layer < len(attentions):
+                raise TrimError(
+                    f"{self._step} reads {name} of encoder layer {layer}, but the encoder has {len(attentions)} layers"
+                )
+            signals = modules.setdefault(attentions[layer], (kind, []))[1]
+            signals += [signal] if signal not in signals else []
+        return modules
 
-    def _hear_attention(self, query: Tensor, key: Tensor, scaling: float | None) -> None:
-        call = self._session.call
-        if call is None or call.encoding is None:
-            return
-        special, signals = self._family.special_tokens, call.encoding.signals
-        from_cls = special > 0 and "cls_attention" in self._needs
-        with self._session.clock("method"):
-            if from_cls:
-                rows = attention_rows(query[:, :, :1], key, scaling=scaling)
-                signals["cls_attention"] = rows.mean(1)[:, 0, special:]
-            if not from_cls or "received_attention" in self._needs:
-                signals["received_attention"] = attention_received(query, key, scaling=scaling, skip=special)
-
-    def _after_encoder(self, module, args, output) -> None:
-        call = self._session.call
-        if call is not None and call.encoding is not None and "joint_last" in self._needs:
-            call.encoding.last_hidden = output.last_hidden_state
+    def _encode(self, kind: Kind, encode: Callable, *args, **kwargs):
+        call: Call | None = self._session.call
+        if call is None or call.encoding is not None:  # the model's video function may call the one for images
+            return encode(*args, **kwargs)
+        bound = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
+        arguments = {key: value for key, value in bound.items() if key != "kwargs"} | bound.get("kwargs", {})
+        call.encoding = encoding = Encoding(kind, arguments)
+        try:
+            output = encode(*args, **kwargs)
+            parts = output.pooler_output
+            lengths = [part.shape[:-1].numel() for part in parts]
+            features = parts.flatten(0, -2) if isinstance(parts, Tensor) else torch.cat(list(parts))
+            if self._family.projector is None:
+                encoding.selected = self._select(call, encoding, features, lengths)
+                if encoding.selected is not None:
+                    kept = encoding.selected
+                    features = to_slots(kept.features[None], kept.slots[None], len(features))[0]
+        finally:
+            call.encoding = None
+        if encoding.selected is not None:
+            features = mark_empty(features, encoding.selected.blank)
+            output.pooler_output = features.view_as(parts) if isinstance(parts, Tensor) else features.split(lengths)
+        return output
 
     def _before_projector(self, module, args):
         call: Call | None = self._session.call
         if call is None or call.encoding is None:
             return None
         (features,) = args
-        encoding = call.encoding
-        images, tokens = features.shape[:2]
-        rows = call.rows_of_images(self._family.placeholders(call.input_ids), [tokens] * images)
-        group = Group.uncompressed(rows, encoding.grid, features.device)
-        if tokens != group.total:
-            raise TrimError(
-                f"the encoder gives {tokens} vision tokens for a grid of {' x '.join(map(str, group.grid))} patches: "
-                "this variant of the model is not supported"
-            )
-        if self._step is not None:
-            with self._session.clock("method"), torch.no_grad():
-                keep = checked_select(self._step, self._view(call, encoding, group, features))
-            group = group.after(keep, self._step.site)
-            if keep.index.shape[1] < group.total or keep.features is not None:
-                encoding.slots = keep.index.sort(-1).values
-                kept = gather(features, keep.index) if keep.features is None else keep.features.to(features.dtype)
-                args = (kept,)
-        call.groups.append(group)
-        return args
+        call.encoding.selected = self._select(call, call.encoding, features, None)
+        return args if call.encoding.selected is None else (call.encoding.selected.features[None],)
 
     def _after_projector(self, module, args, output):
-        call = self._session.call
-        if call is None or call.encoding is None:
+        call: Call | None = self._session.call
+        if call is None or call.encoding is None or call.encoding.selected is None:
             return None
-        encoding, call.encoding = call.encoding, None
-        if encoding.slots is None:
-            return None
-        frames, rows, columns = encoding.grid
-        return to_slots(output, encoding.slots, frames * rows * columns)
+        kept = call.encoding.selected
+        return to_slots(output, kept.slots[None], kept.shape.numel()).view(*kept.shape, -1)
 
-    def _view(self, call: Call, encoding: Encoding, group: Group, features: Tensor) -> View:
+    def _after_encoder(self, module, args, output) -> None:
+        call: Call | None = self._session.call
+        if call is not None and call.encoding is not None:
+            call.encoding.last_hidden = output.last_hidden_state
+
+    def _hear(self, kind: Kind, signals: list[Signal], query: Tensor, key: Tensor, scaling: float | None) -> None:
+        call: Call | None = self._session.call
+        if call is None or call.encoding is None or call.encoding.kind != kind:
+            return
+        special, heard = self._family.special_tokens, call.encoding.heard
+        with self._session.clock("method"):
+            for q, k in _by_chunk(query, key, self._family.chunks(kind, call.encoding.arguments)):
+                for signal in signals:
+                    name = signal[0] if isinstance(signal, tuple) else signal
+                    if name == "cls_attention" and special:
+                        value = attention_rows(q[:, :, :1], k, scaling=scaling).mean(1)[:, 0, special:]
+                    else:  # an encoder without [CLS] gives this instead
+                        signal = _renamed(signal, "received_attention")
+                        value = attention_received(q, k, scaling=scaling, skip=special)
+                    heard.setdefault(signal, []).append(value.flatten())
+
+    def _select(
+        self, call: Call, encoding: Encoding, tokens: Float[Tensor, "*shape dim"], lengths: list[int] | None
+    ) -> Selected | None:
+        """Note the groups of what is encoded; with a step, select among the ``tokens`` of all images."""
+        family, features = self._family, tokens.flatten(0, -2)
+        visuals = family.visuals(encoding.kind, encoding.arguments, lengths)
+        source = family.source(encoding.kind, encoding.arguments)
+        source = None if source is None else source.to(tokens.device)
+        placed = list(self._placed(call, encoding, visuals))
+        step, changed = self._step, False
+        if step is None:
+            call.groups += [group for group, _, _ in placed]
+            return None
+        signals = self._signals(encoding)
+        slots, values, blank = [], [], []
+        for old, index, marks in placed:
+            at, marks_at = (index, marks) if source is None else (source[index], source[marks])
+            with self._session.clock("method"), torch.no_grad():
+                here: dict[Signal, Tensor] = {signal: value[index] for signal, value in signals.items()}
+                keep = checked_select(step, self._view(call, encoding, old, features[at], at, here))
+            group = old.after(keep, step.site)
+            call.groups.append(group)
+            slots.append(at.gather(1, keep.index.sort(-1).values).flatten())
+            merged = features[at.gather(1, keep.index)] if keep.features is None else keep.features
+            values.append(merged.flatten(0, 1))
+            changed |= group.kept < group.total or keep.features is not None
+            if group.marks_beside(group.kept):
+                stay = marks_at[marks_at >= 0]
+                slots.append(stay)
+                values.append(features[stay])
+            else:
+                blank.append(marks.flatten())
+        if not changed:
+            return None
+        none = torch.zeros(0, dtype=torch.long, device=tokens.device)
+        values = torch.cat([value.to(tokens.dtype) for value in values])
+        return Selected(torch.cat(slots), values, torch.cat([none, *blank]), tokens.shape[:-1])
+
+    def _placed(self, call: Call, encoding: Encoding, visuals: list[Visual]):
+        """The segments by group, each group with the places of its tokens and marks among all placeholders."""
+        placeholders = self._family.placeholders(call.input_ids, encoding.kind)
+        owners = call.owners(placeholders, visuals)
+        starts = list(itertools.accumulate((visual.length for visual in visuals), initial=0))
+        first = 1 + max((number for group in call.groups for number in group.numbers), default=-1)
+        members: dict[tuple, list[tuple[int, Segment]]] = {}
+        for number, split in enumerate(self._budgets(visuals, owners, placeholders)):
+            for segment, whole, before in split:
+                part = Part(encoding.kind, segment.grid, whole, before, segment.marks_stay)
+                members.setdefault((part, len(segment.marks)), []).append((number, segment))
+        for (part, _), segments in members.items():
+            numbers = [number for number, _ in segments]
+            start = torch.tensor([starts[number] for number in numbers])[:, None]
+            offset = torch.tensor([owners[number][1] for number in numbers])[:, None]
+            index = torch.stack([segment.index for _, segment in segments])
+            marks = torch.stack([segment.marks for _, segment in segments])
+            device = call.input_ids.device
+            group = Group.uncompressed(
+                tuple(owners[number][0] for number in numbers),
+                tuple(first + number for number in numbers),
+                part,
+                (offset + index).to(device),
+                (offset + marks).to(device),
+            )
+            yield group, (start + index).to(device), (start + marks).to(device)
+
+    def _budgets(self, visuals, owners, placeholders) -> Iterable[list[tuple[Segment, int | None, int]]]:
+        """The segments of every visual, each with the whole that it shares a budget with and what stands before it."""
+        splits = [visual.split(self._per) for visual in visuals]
+        if not self._family.adjoining or self._per == "tile":
+            return splits
+        columns = [row.nonzero()[:, 0].tolist() for row in placeholders]
+        runs: list[list[int]] = []
+        for number, (row, offset) in enumerate(owners):
+            continues = offset > 0 and columns[row][offset] == columns[row][offset - 1] + 1
+            runs[-1:] = [[*runs[-1], number]] if continues else [*runs[-1:], [number]]
+        for run in runs:
+            whole = sum(visuals[number].total for number in run)
+            for place, number in enumerate(run if len(run) > 1 else []):
+                before = sum(visuals[other].total for other in run[:place])
+                splits[number] = [(segment, whole, before) for segment, _, _ in splits[number]]
+        return splits
+
+    def _signals(self, encoding: Encoding) -> dict[Signal, Tensor]:
+        """What was heard, as the placeholders would have it."""
+        with self._session.clock("method"), torch.no_grad():
+            return {
+                signal: self._family.pooled(encoding.kind, encoding.arguments, torch.cat(parts)[:, None])[:, 0]
+                for signal, parts in encoding.heard.items()
+            }
+
+    def _view(
+        self,
+        call: Call,
+        encoding: Encoding,
+        group: Group,
+        features: Float[Tensor, "images tokens dim"],
+        at: Int[Tensor, "images tokens"],
+        signals: dict[Signal, Tensor],
+    ) -> View:
         guidance = self._questions.guidance
         joint = text = None
         if guidance is not None and "text" in self._needs:
             text = self._questions.for_rows(group.rows, call.input_ids.shape[0], features.device)
-            if text is not None:
-                last = encoding.last_hidden
-                joint = guidance.embed(features if last is None else self._family.normalised_last_hidden(last))
+        if guidance is not None and text is not None:
+            if encoding.last_hidden is None:
+                joint = guidance.embed(features)
+            else:
+                joint = guidance.embed(self._family.normalised_last_hidden(encoding.last_hidden).flatten(0, 1)[at])
         return View(
             features=features,
             coordinates=group.coordinates,
             grid=group.grid,
             entered=group.total,
             num_layers=len(self._family.language_model.layers),
+            whole=group.part.whole,
+            before=group.part.before,
+            cls_attention=signals.get("cls_attention"),
+            received_attention=signals.get("received_attention"),
             joint=joint,
             text=text,
-            cls_attention=encoding.signals.get("cls_attention"),
-            received_attention=encoding.signals.get("received_attention"),
+            at={signal: value for signal, value in signals.items() if isinstance(signal, tuple)},
         )
+
+
+class _Replaced:
+    """A function of an instance in whose place another stands, which gets the original as its first argument."""
+
+    def __init__(self, owner: Any, name: str, function: Callable) -> None:
+        original = getattr(owner, name)
+        self._owner, self._name = owner, name
+        setattr(owner, name, functools.wraps(original)(functools.partial(function, original)))
+
+    def remove(self) -> None:
+        self._owner.__dict__.pop(self._name, None)
+
+
+def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[tuple[Tensor, Tensor]]:
+    """Queries and keys of what attends to each other, where a whole sequence of images comes at once."""
+    if chunks is None or query.shape[2] != sum(chunks):
+        return [(query, key)]
+    return zip(query.split(chunks, dim=2), key.split(chunks, dim=2), strict=True)
+
+
+def _renamed(signal: Signal, name: Any) -> Signal:
+    return (name, signal[1]) if isinstance(signal, tuple) else name

@@ -37,7 +37,8 @@ class Clock:
 
     def __enter__(self) -> Clock:
         family = self._family
-        for module in (family.vision_tower, family.projector):
+        modules = {family.encoder(kind) for kind in family.kinds}
+        for module in modules if family.projector is None else modules | {family.projector}:
             self._time(module, lambda kwargs, args: "vision")
         self._time(family.model, _phase)
         self._began = self._now()

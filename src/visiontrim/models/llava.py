@@ -1,29 +1,70 @@
-"""LLaVA-1.5: a CLIP or SigLIP encoder, a projector, and the patches of one layer as vision tokens."""
+"""LLaVA-1.5: an encoder, a projector, and the patches of one layer as vision tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from visiontrim.core.errors import TrimError
-from visiontrim.models.family import Family, register_family
+from visiontrim.models.family import Arguments, Family, Kind, register_family
+from visiontrim.models.layout import Grid, Visual
 
-_TOWERS = {"clip_vision_model": (1, "default"), "siglip_vision_model": (0, "full")}
+_TOWERS = {
+    "clip_vision_model": (1, "default"),
+    "siglip_vision_model": (0, "full"),
+    "pixtral": (0, "full"),
+}
 """Encoders: their tokens before the patches, and the vision_feature_select_strategy that leaves the patches alone."""
 
 
-@register_family
-class Llava(Family):
-    model_types = ("llava",)
+class LlavaLike(Family):
+    """Families that take the patches of one encoder layer through a projector that maps each by itself."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_tower
+
+    @property
+    def projector(self) -> Any:
+        return self.core.multi_modal_projector
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        encoder = self.encoder(kind)
+        layers = encoder.transformer.layers if hasattr(encoder, "transformer") else encoder.encoder.layers
+        return [layer.attention if hasattr(layer, "attention") else layer.self_attn for layer in layers]
+
+    def scored(self, kind: Kind) -> int:
+        # hidden_states[0] are the embeddings, so state i is the output of layer i - 1
+        state = self.model.config.vision_feature_layer % (len(self.attentions(kind)) + 1)
+        return max(state - 1, 0)
+
+    @property
+    def special_tokens(self) -> int:
+        return _TOWERS[self.model.config.vision_config.model_type][0]
+
+    @property
+    def vision_width(self) -> int | None:
+        return self.model.config.vision_config.hidden_size
+
+    @property
+    def tile(self) -> Grid:
+        """(1, rows, columns) of the patches of one square picture."""
+        config = self.model.config.vision_config
+        side = config.image_size // config.patch_size
+        return 1, side, side
+
+    def normalised_last_hidden(self, last_hidden_state: Tensor) -> Tensor:
+        if self.special_tokens == 0:  # SigLIP normalises it itself
+            return last_hidden_state
+        return self.encoder("image").post_layernorm(last_hidden_state[:, self.special_tokens :])
+
+    def check_towers(self, *towers: str) -> None:
+        """Raise :class:`TrimError` unless the encoder is one of ``towers`` and its patches are what is projected."""
         config = self.model.config
         tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
-        if tower not in _TOWERS:
-            raise TrimError(f"LLaVA with a {tower} encoder is not supported: use one of {', '.join(_TOWERS)}")
+        if tower not in towers:
+            raise TrimError(f"{type(self).__name__} with a {tower} encoder is not supported: use {', '.join(towers)}")
         if strategy != _TOWERS[tower][1]:
             raise TrimError(
                 f"vision_feature_select_strategy={strategy!r} does not leave exactly the patches of a {tower} as "
@@ -35,46 +76,24 @@ class Llava(Family):
                 "attention should rank their tokens: use a single layer"
             )
 
-    @property
-    def core(self) -> Any:
-        return self.model.model
 
-    @property
-    def vision_tower(self) -> Any:
-        return self.core.vision_tower
+@register_family
+class Llava(LlavaLike):
+    model_types = ("llava",)
 
-    @property
-    def special_tokens(self) -> int:
-        return _TOWERS[self.model.config.vision_config.model_type][0]
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.check_towers(*_TOWERS)
 
-    @property
-    def projector(self) -> Any:
-        return self.core.multi_modal_projector
-
-    @property
-    def language_model(self) -> Any:
-        return self.core.language_model
-
-    @property
-    def placeholder_ids(self) -> tuple[int, ...]:
-        return (self.model.config.image_token_id,)
-
-    @property
-    def vision_width(self) -> int:
-        return self.model.config.vision_config.hidden_size
-
-    @property
-    def scored_attention(self) -> Any:
-        layers = self.vision_tower.encoder.layers
-        # hidden_states[0] are the embeddings, so state i is the output of layer i - 1
-        state = self.model.config.vision_feature_layer % (len(layers) + 1)
-        return layers[max(state - 1, 0)].self_attn
-
-    def grid(self, pixel_values: Tensor) -> tuple[int, int, int]:
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         patch = self.model.config.vision_config.patch_size
-        return 1, pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        pixels = arguments["pixel_values"]
+        sizes = arguments.get("image_sizes")  # Pixtral pads images of several sizes to a common one
+        if sizes is None or self.model.config.vision_config.model_type != "pixtral":
+            return [Visual.of_grid((1, pixels.shape[-2] // patch, pixels.shape[-1] // patch))] * len(pixels)
+        return [Visual.of_grid((1, int(height) // patch, int(width) // patch)) for height, width in sizes]
 
-    def normalised_last_hidden(self, last_hidden_state: Tensor) -> Tensor:
-        if self.special_tokens == 0:  # SigLIP normalises it itself
-            return last_hidden_state
-        return self.vision_tower.post_layernorm(last_hidden_state[:, self.special_tokens :])
+    def chunks(self, kind: Kind, arguments: Arguments) -> list[int] | None:
+        if self.model.config.vision_config.model_type != "pixtral":
+            return None
+        return [visual.total for visual in self.visuals(kind, arguments, None)]

@@ -59,6 +59,11 @@ class TextTower(Guidance):
     def check_fits(self, family: Family) -> None:
         """Raise :class:`TrimError` if the joint space cannot be the one of the VLM's vision encoder."""
         width = self.model.visual_projection.in_features
+        if family.vision_width is None:
+            raise TrimError(
+                f"{type(family).__name__} selects tokens in the language model's space, which no text tower shares: "
+                "leave text_tower out and pass processor="
+            )
         if width != family.vision_width:
             raise TrimError(
                 f"the text tower's visual projection takes features of width {width}, but the vision encoder gives "
@@ -127,8 +132,7 @@ class EmbeddingGuidance(Guidance):
 
     @torch.no_grad()
     def embed(self, features: Tensor) -> Tensor:
-        # forward() itself: the engine's hooks on the projector must not see this call
-        return self._family.projector.forward(features)
+        return self._family.to_language(features)
 
 
 def _padded(rows: Sequence[Float[Tensor, "text joint"]], scale: float) -> Text:

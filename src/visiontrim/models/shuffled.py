@@ -1,0 +1,123 @@
+"""Families that merge neighbouring patches before the language model: InternVL, Idefics3, SmolVLM, Mistral3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visiontrim.models.family import Arguments, Family, Kind, register_family
+from visiontrim.models.layout import Grid, Visual, equal_grids
+
+
+class _Square(Family):
+    """Tiles of one square size, whose patches are merged ``factor`` x ``factor``."""
+
+    factor: int
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a tile."""
+        config = self.model.config.vision_config
+        sides = [size[0] if isinstance(size, list | tuple) else size for size in (config.image_size, config.patch_size)]
+        return sides[0] // sides[1]
+
+    @property
+    def tile(self) -> Grid:
+        """(1, rows, columns) of the tokens of one tile."""
+        return 1, self.side // self.factor, self.side // self.factor
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        return equal_grids(lengths or (), self.tile)
+
+    def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
+        tiles = values.flatten(1).view(-1, self.side, self.side, values[0].numel()).permute(0, 3, 1, 2)
+        return F.avg_pool2d(tiles, self.factor).permute(0, 2, 3, 1).reshape(-1, *values.shape[1:])
+
+
+@register_family
+class InternVL(_Square):
+    """Tiles of one image follow each other without text between them, and share its budget."""
+
+    model_types = ("internvl",)
+    adjoining = True
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.factor = round(1 / self.model.config.downsample_ratio)
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_tower
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return [layer.attention for layer in self.encoder(kind).encoder.layer]
+
+    def scored(self, kind: Kind) -> int:
+        state = self.model.config.vision_feature_layer % (len(self.attentions(kind)) + 1)
+        return max(state - 1, 0)
+
+    @property
+    def special_tokens(self) -> int:
+        return 1
+
+
+@register_family
+class Idefics3(_Square):
+    """Tiles are written as images of their own, with text between them, and each is one here too."""
+
+    model_types = ("idefics3", "smolvlm")
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.factor = self.model.config.scale_factor
+
+    @property
+    def language_model(self) -> Any:
+        return self.core.text_model
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_model
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.encoder(kind).encoder.layers]
+
+
+@register_family
+class Mistral3(Family):
+    """Pixtral encoder: images of any size in one sequence, merged in the projector."""
+
+    model_types = ("mistral3",)
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_tower
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return [layer.attention for layer in self.encoder(kind).transformer.layers]
+
+    def scored(self, kind: Kind) -> int:
+        state = self.model.config.vision_feature_layer % (len(self.attentions(kind)) + 1)
+        return max(state - 1, 0)
+
+    def _sides(self, arguments: Arguments) -> list[tuple[int, int]]:
+        patch = self.model.config.vision_config.patch_size
+        return [(int(height) // patch, int(width) // patch) for height, width in arguments["image_sizes"]]
+
+    def chunks(self, kind: Kind, arguments: Arguments) -> list[int]:
+        return [rows * columns for rows, columns in self._sides(arguments)]
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        merge = self.model.config.spatial_merge_size
+        return [Visual.of_grid((1, rows // merge, columns // merge)) for rows, columns in self._sides(arguments)]
+
+    def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
+        merge, flat = self.model.config.spatial_merge_size, values.flatten(1)
+        images = [
+            F.avg_pool2d(image.view(rows, columns, -1).permute(2, 0, 1), merge).flatten(1).T
+            for image, (rows, columns) in zip(
+                flat.split(self.chunks(kind, arguments)), self._sides(arguments), strict=True
+            )
+        ]
+        return torch.cat(images).view(-1, *values.shape[1:])

@@ -1,0 +1,41 @@
+"""Video-LLaVA: images and frames through towers of their own, with the [CLS] of every frame among the vision tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visiontrim.models.family import Arguments, Kind, register_family
+from visiontrim.models.layout import Segment, Visual
+from visiontrim.models.llava import LlavaLike
+
+
+@register_family
+class VideoLlava(LlavaLike):
+    model_types = ("video_llava",)
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.check_towers("clip_vision_model")
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.image_tower if kind == "image" else self.core.video_tower
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        if kind == "image":
+            return [Visual.of_grid(self.tile)] * len(arguments["pixel_values"])
+        videos, frames = arguments["pixel_values_videos"].shape[:2]
+        _, rows, columns = self.tile
+        places = torch.arange(frames * (1 + rows * columns)).view(frames, -1)
+        segment = Segment((frames, rows, columns), places[:, 1:].flatten(), places[:, 0], marks_stay=True)
+        return [Visual(places.numel(), (segment,))] * videos
+
+    def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
+        if kind == "image":
+            return values
+        frames = values.flatten(1).view(-1, self.tile[1] * self.tile[2], values[0].numel())
+        return F.pad(frames, (0, 0, 1, 0)).reshape(-1, *values.shape[1:])  # [CLS] gets zeros

@@ -21,7 +21,24 @@ if TYPE_CHECKING:
     from visiontrim.core.method import DecoderLayer, Method, Plan, Step, VisionOutput
     from visiontrim.core.registry import list_methods, load_method, register
     from visiontrim.core.view import Keep, Text, View
-    from visiontrim.methods import NoTrim, Random, Uniform, VisionTrim
+    from visiontrim.methods import (
+        AvgPool,
+        CDPruner,
+        DivPrune,
+        FasterVLM,
+        HiPrune,
+        MMTok,
+        NoTrim,
+        PruMerge,
+        PruMergePlus,
+        PruneSID,
+        Random,
+        Uniform,
+        VisionTrim,
+        VisionZip,
+        VisPruner,
+        VScan,
+    )
     from visiontrim.models import TextTower
     from visiontrim.report import Report
     from visiontrim.run import Run, trim
@@ -33,7 +50,24 @@ _HOMES = {
     "core.method": ["DecoderLayer", "Method", "Plan", "Step", "VisionOutput"],
     "core.registry": ["list_methods", "load_method", "register"],
     "core.view": ["Keep", "Text", "View"],
-    "methods": ["NoTrim", "Random", "Uniform", "VisionTrim"],
+    "methods": [
+        "AvgPool",
+        "CDPruner",
+        "DivPrune",
+        "FasterVLM",
+        "HiPrune",
+        "MMTok",
+        "NoTrim",
+        "PruMerge",
+        "PruMergePlus",
+        "PruneSID",
+        "Random",
+        "Uniform",
+        "VScan",
+        "VisPruner",
+        "VisionTrim",
+        "VisionZip",
+    ],
     "models": ["TextTower"],
     "report": ["Report"],
     "run": ["Run", "trim"],
@@ -41,11 +75,20 @@ _HOMES = {
 _HOME = {name: f"visiontrim.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AvgPool",
+    "CDPruner",
     "DecoderLayer",
+    "DivPrune",
+    "FasterVLM",
+    "HiPrune",
     "Keep",
+    "MMTok",
     "Method",
     "NoTrim",
     "Plan",
+    "PruMerge",
+    "PruMergePlus",
+    "PruneSID",
     "Random",
     "Report",
     "Run",
@@ -54,9 +97,12 @@ __all__ = [
     "TextTower",
     "TrimError",
     "Uniform",
+    "VScan",
     "View",
+    "VisPruner",
     "VisionOutput",
     "VisionTrim",
+    "VisionZip",
     "__version__",
     "list_methods",
     "load_method",

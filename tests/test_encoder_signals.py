@@ -36,6 +36,7 @@ METHODS = [
     vt.VisionZip(keep=6, split=0.5),
     vt.VisionZip(keep=6, split=0.5, variant="release"),
     vt.VScan(keep=6, shallow=1, window=2, stages="vision"),
+    vt.VScan(keep=(6, 3), shallow=1, window=2, layer=2),
 ]
 
 

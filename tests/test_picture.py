@@ -20,7 +20,7 @@ def trace_of(grid, index, assignment, complement=None, stages=()) -> ImageTrace:
     complement = [False] * len(index) if complement is None else complement
     whole = [torch.tensor(numbers, dtype=torch.long) for numbers in (index, assignment)]
     last = StageTrace(VisionOutput(), *whole, torch.tensor(complement, dtype=torch.bool))
-    return ImageTrace(0, grid, (*stages, last), (len(index),))
+    return ImageTrace(0, 0, 0, grid, 0, (*stages, last), (len(index),))
 
 
 # On a grid of 3 x 4: tokens 0 and 5 dominant; clusters {3, 2, 7} of 3 and {8, 9} of 8; 1 went to the dominant 0;
@@ -110,7 +110,7 @@ def test_the_last_stage_is_drawn(noise):
 
 
 def test_nothing_removed_is_the_picture(noise):
-    untouched = ImageTrace(0, (1, 3, 4), (), (12,))
+    untouched = ImageTrace(0, 0, 0, (1, 3, 4), 0, (), (12,))
     kept = trace_of((1, 3, 4), list(range(12)), list(range(12)))
     assert token_map(noise, untouched, scale=SCALE, legend=False) == noise
     assert token_map(noise, kept, scale=SCALE, legend=False) == noise
@@ -131,7 +131,7 @@ def test_default_size_and_caption(size, trace):
 
 
 def test_patches_follow_the_proportions_of_the_picture():
-    trace = ImageTrace(0, (1, 4, 4), (), (16,))
+    trace = ImageTrace(0, 0, 0, (1, 4, 4), 0, (), (16,))
     assert token_map(Image.new("RGB", (100, 200)), trace, scale=10, legend=False).size == (40, 80)
     assert token_map(Image.new("RGB", (100, 1000)), trace, legend=False).size == (76, 760)
 
@@ -157,7 +157,7 @@ def test_frames_of_a_video_stand_side_by_side(given):
 
 def test_long_videos_wrap():
     frames = [Image.new("RGB", (40, 20), GREY)] * 5
-    video = ImageTrace(0, (5, 1, 2), (), (10,))
+    video = ImageTrace(0, 0, 0, (5, 1, 2), 0, (), (10,))
     assert token_map(frames, video, scale=SCALE, legend=False).size == (4 * 40 + 3 * GAP, 2 * 20 + GAP)
 
 

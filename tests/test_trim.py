@@ -206,7 +206,7 @@ class Wrong(vt.Random):
 
     def select(self, view: vt.View) -> vt.Keep:
         keep = super().select(view)
-        parts = {"index": keep.index[:, :0], "assignment": keep.index}
+        parts = {"index": keep.index.repeat(1, 5), "assignment": keep.index}
         return dataclasses.replace(keep, **{self.part: parts[self.part]})
 
 

@@ -19,6 +19,7 @@ from transformers import (
 import visiontrim as vt
 from visiontrim.core.method import VisionOutput
 from visiontrim.core.trace import Trace
+from visiontrim.models import family_of
 
 PAD, BOS, IMAGE, VOCABULARY = 0, 1, 4, 200
 SIDE = 4
@@ -138,7 +139,7 @@ class Masked(AbstractContextManager):
         self.handles: list = []
 
     def __enter__(self):
-        for index, layer in enumerate(self.model.model.language_model.layers):
+        for index, layer in enumerate(family_of(self.model).language_model.layers):
             self.handles.append(layer.register_forward_pre_hook(self._hook(index), with_kwargs=True))
         return self
 

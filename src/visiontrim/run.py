@@ -12,7 +12,7 @@ from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, Pr
 
 from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Method, Positions
+from visiontrim.core.method import Method, Positions, VisionOutput
 from visiontrim.core.registry import load_method
 from visiontrim.core.trace import Trace
 from visiontrim.engine.guidance import Questions
@@ -96,7 +96,7 @@ class Run:
         self._processor = processor
         self._family = family_of(model)
         guidance = _guidance(self._family, text_tower, processor)
-        if question is not None and method.text_aware and guidance is None:
+        if question is not None and _reads_question(method) and guidance is None:
             raise TrimError(
                 "the question cannot be read without a text tower or the model's processor: pass text_tower= or "
                 "processor="
@@ -167,6 +167,11 @@ class Run:
 
     def _finish(self, trace: Trace) -> None:
         self._trace = trace
+
+
+def _reads_question(method: Method) -> bool:
+    """Whether a step needs the question before the language model, in whose prompt it is, is reached."""
+    return any(isinstance(step.site, VisionOutput) and "text" in step.needs for step in method.steps())
 
 
 def _guidance(

@@ -1,13 +1,20 @@
-"""How many tokens stay: the reading of ``keep`` and the arithmetic of two-stage budgets."""
+"""How many tokens stay: the reading of ``keep``, and the arithmetic of budgets over several stages."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 from visiontrim.core.errors import TrimError
 
 Amount = int | float
 """A number of tokens per image (int) or a fraction of its tokens (float in (0, 1])."""
+
+
+Depth = int | float
+"""A decoder layer by its index (int >= 1), or as a fraction of the decoder's layers (float in (0, 1))."""
 
 
 def check_amount(keep: object, name: str = "keep") -> None:
@@ -60,3 +67,83 @@ def second_stage(mean: int, first: int, layer: int, num_layers: int) -> int:
             f"{num_layers} layers already need a mean of {least}; raise keep, lower layer, or add the vision stage"
         )
     return min(second, first)
+
+
+def check_depths(layers: Sequence[object]) -> None:
+    """Raise :class:`TrimError` unless ``layers`` are ascending ints >= 1 or ascending floats in (0, 1)."""
+    way_out = "give indices from 1 on (ints), or fractions of the decoder's depth (floats in (0, 1)), ascending"
+    kinds = {type(layer) for layer in layers}
+    if kinds not in ({int}, {float}):
+        raise TrimError(f"layers={layers} are no layers: {way_out}")
+    numbers = [float(layer) for layer in layers if isinstance(layer, int | float)]
+    ascending = all(before < after for before, after in itertools.pairwise(numbers))
+    inside = all(layer >= 1 for layer in numbers) if kinds == {int} else all(0 < layer < 1 for layer in numbers)
+    if not ascending or not inside:
+        raise TrimError(f"layers={layers} cannot be passed one after the other: {way_out}")
+
+
+def at_depths(layers: Sequence[Depth], num_layers: int) -> tuple[int, ...]:
+    """Indices of ``layers`` in a decoder of ``num_layers``: a fraction is the nearest layer, each a later one."""
+    indices: list[int] = []
+    for layer in layers:
+        index = layer if isinstance(layer, int) else math.floor(layer * num_layers + 0.5)
+        indices.append(max(index, indices[-1] + 1 if indices else 1))
+    return tuple(indices)
+
+
+def mean_per_layer(entered: int, layers: Sequence[int], counts: Sequence[int], num_layers: int) -> float:
+    """Mean number of vision tokens that a decoder layer processes, when ``counts[i]`` go on from ``layers[i]``."""
+    spans = _spans((0, *layers), num_layers)
+    return sum(span * count for span, count in zip(spans, (entered, *counts), strict=True)) / num_layers
+
+
+@functools.lru_cache(maxsize=256)
+def spread(
+    mean: int, entered: int, layers: tuple[int, ...], num_layers: int, proportions: tuple[float, ...]
+) -> tuple[int, ...]:
+    """Counts from each of ``layers`` on, in these ``proportions``, with a mean per layer as near to ``mean`` as can be.
+
+    The ``entered`` tokens of the layers before are counted in. ``proportions`` do not ascend; only their ratios
+    matter, and a 0 leaves tokens to its stage only when the stages before it cannot use up the budget. No count is
+    above the one before. Raises :class:`TrimError` if the layers before the first stage alone cost more than the
+    budget.
+    """
+    spans = _spans(layers, num_layers)
+    budget = mean * num_layers - layers[0] * entered
+    least = sum(span for span, share in zip(spans, proportions, strict=True) if share)
+    if budget < least:
+        needed = math.ceil((layers[0] * entered + least) / num_layers)
+        raise TrimError(
+            f"a mean of {mean} vision tokens per layer cannot be reached: {entered} tokens in the first {layers[0]} of "
+            f"{num_layers} layers already need a mean of {needed}; raise keep, start at an earlier layer, or add a "
+            "vision stage"
+        )
+    counts: list[int] = []
+    cap = entered
+    for stage, span in enumerate(spans):
+        last = stage == len(spans) - 1
+        exact = budget / span if last else _scaled(budget, cap, spans[stage:], proportions[stage:])
+        cap = min(cap, max(1 if proportions[stage] else 0, math.floor(exact + 0.5)))
+        counts.append(cap)
+        budget -= span * cap
+    return tuple(counts)
+
+
+def _spans(layers: Sequence[int], num_layers: int) -> list[int]:
+    """Layers from each of ``layers`` to the next, and to the end."""
+    return [end - start for start, end in zip(layers, (*layers[1:], num_layers), strict=True)]
+
+
+def _scaled(budget: float, cap: int, spans: Sequence[int], proportions: Sequence[float]) -> float:
+    """The first count, before rounding, when the counts are multiples of ``proportions`` that cost ``budget``."""
+    shares = [(share, 1.0) if share else (1e-9, 0.0) for share in proportions]  # and the fewest tokens
+    low, high = 0.0, cap * 1e9
+    for _ in range(100):  # the cost grows with the factor: halve where it crosses the budget
+        middle = (low + high) / 2
+        counts = [min(cap, max(least, middle * share)) for share, least in shares]
+        if sum(span * count for span, count in zip(spans, counts, strict=True)) < budget:
+            low = middle
+        else:
+            high = middle
+    share, least = shares[0]
+    return min(cap, max(least, high * share))

@@ -61,7 +61,14 @@ class Method(ABC):
 
     @abstractmethod
     def steps(self) -> tuple[Step, ...]:
-        """The single-site steps, in the order in which the model meets them."""
+        """The single-site steps, in the order in which the model meets them.
+
+        Where a method places stages by the decoder's depth, they are those of the 32 layers that papers speak of.
+        """
+
+    def steps_on(self, num_layers: int) -> tuple[Step, ...]:
+        """The steps in a decoder of ``num_layers`` layers."""
+        return self.steps()
 
     def __or__(self, other: Method) -> Plan:
         return Plan((self, other))
@@ -73,12 +80,17 @@ class Method(ABC):
 
     def __str__(self) -> str:
         given = (
-            f"{f.name}={getattr(self, f.name)}"
+            f"{f.name}={_spelled(getattr(self, f.name))}"
             for f in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
             if f.name == "keep" or getattr(self, f.name) != f.default
         )
         options = ",".join(given)
         return f"{self.name}:{options}" if options else self.name
+
+
+def _spelled(value: object) -> object:
+    """As the registry reads it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 class Step(Method):
@@ -114,7 +126,10 @@ class Plan(Method):
         for method in self.methods:
             flat += method.methods if isinstance(method, Plan) else [method]
         object.__setattr__(self, "methods", tuple(flat))
-        sites = [step.site for step in self.steps()]
+        self._check_order(self.steps())
+
+    def _check_order(self, steps: tuple[Step, ...]) -> None:
+        sites = [step.site for step in steps]
         depths = [site.index if isinstance(site, DecoderLayer) else 0 for site in sites]
         if any(later <= earlier for earlier, later in itertools.pairwise(depths)):
             raise TrimError(
@@ -128,6 +143,11 @@ class Plan(Method):
 
     def steps(self) -> tuple[Step, ...]:
         return tuple(step for method in self.methods for step in method.steps())
+
+    def steps_on(self, num_layers: int) -> tuple[Step, ...]:
+        steps = tuple(step for method in self.methods for step in method.steps_on(num_layers))
+        self._check_order(steps)
+        return steps
 
     def to_dict(self) -> dict[str, Any]:
         return {"plan": [method.to_dict() for method in self.methods]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -84,7 +85,7 @@ def _from_recipe(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> Met
 
 def _parse_options(text: str, options: str) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
-    for option in filter(None, options.split(",")):
+    for option in filter(None, re.split(r",(?![^\[]*\])", options)):  # not at the commas of a list
         key, equals, value = option.partition("=")
         if not equals:
             raise TrimError(f"{text!r}: {option!r} is no option; write NAME:key=value,key=value")

@@ -14,6 +14,7 @@ from visiontrim.core.budget import Amount, resolve
 from visiontrim.core.errors import TrimError
 
 SignalName = Literal[
+    # at the vision encoder's output
     "cls_attention",
     "cls_attention_wide",
     "received_attention",
@@ -23,10 +24,20 @@ SignalName = Literal[
     "joint",
     "joint_last",
     "joint_normalised",
-    "text",
     "words",
+    # at both
+    "text",
+    # between decoder layers
     "query",
+    "last_attention",
     "next_attention",
+    "text_attention",
+    "previous",
+    "embeddings",
+    "normed",
+    "queries",
+    "keys",
+    "rotary",
 ]
 Signal = SignalName | tuple[SignalName, int]
 """Names of the optional fields of :class:`View`; a step lists in ``needs`` the ones that it reads.
@@ -48,6 +59,15 @@ class Text:
     """Factor of a cosine in this space: exp(logit_scale) of a CLIP tower."""
     ends: Bool[Tensor, "batch text"] | None = None
     """Tokens that sum up the question: the end token of each window of a CLIP tower; None: this space has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """One quantity on both sides: of the vision tokens and of the text tokens after the image, as in ``View.text``."""
+
+    tokens: Float[Tensor, "batch *tokens dim"]
+    text: Float[Tensor, "batch *text dim"]
+    """Places where ``View.text.mask`` is False hold nothing of meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +114,27 @@ class View:
     """The language model's own input embeddings of the question, in the space of ``projected``."""
     query: Float[Tensor, "batch dim"] | None = None
     """Hidden state at the position whose logits give the first generated token (decoder layers only)."""
+    last_attention: Float[Tensor, "batch tokens"] | None = None
+    """Attention of that position to each token in the decoder layer just passed, mean over heads, float32, after the
+    softmax over everything that the position may see: earlier turns, text and other images too."""
     next_attention: Float[Tensor, "batch tokens"] | None = None
-    """Attention of that position to each token with the queries and keys of the decoder layer to come, mean over heads,
-    float32, after the softmax over everything that the position may see."""
+    """The same with the queries and keys of the decoder layer to come."""
+    text_attention: Float[Tensor, "batch heads text tokens"] | None = None
+    """Attention of the tokens of ``text`` to each token in the decoder layer just passed, as for ``last_attention``
+    but for each query head."""
+    previous: Float[Tensor, "batch tokens dim"] | None = None
+    """What entered the decoder layer just passed, where ``features`` is what left it."""
+    embeddings: Sides | None = None
+    """Input embeddings [batch, entered, dim] and [batch, text, dim] of all tokens that entered the language model."""
+    normed: Sides | None = None
+    """``features`` and the text after the language model's final norm, [batch, tokens, dim]."""
+    queries: Sides | None = None
+    """Queries [batch, heads, tokens, head_dim] of the decoder layer just passed, with positions encoded, and scaled:
+    their dot product with ``keys`` is the logit of the attention."""
+    keys: Sides | None = None
+    """Keys [batch, kv_heads, tokens, head_dim] of that layer, each head shared by heads / kv_heads query heads."""
+    rotary: Sides | None = None
+    """Cosines, then sines, of the rotary position encoding, [batch, tokens, 2 head_dim]."""
     at: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     """Signals of other encoder layers, under the pairs that the step asked for."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,8 @@ class Survivors:
     def after(self, keep: Keep) -> Survivors:
         """The survivors once ``keep``, answered for the current ones, is applied."""
         batch, kept = keep.index.shape
+        if not self.index.shape[1]:  # an earlier step left nothing
+            return self
         if keep.assignment is None:
             went_to = self.index.new_full(self.index.shape, -1)
             went_to.scatter_(1, keep.index, torch.arange(kept, device=keep.index.device).expand(batch, kept))
@@ -275,6 +277,35 @@ class Removal:
     alive: Alive
 
 
+class Attended(NamedTuple):
+    """What the attention function of a decoder layer got."""
+
+    query: Float[Tensor, "batch heads width dim"]
+    key: Float[Tensor, "batch kv_heads keys dim"]
+    """The cached keys of earlier turns come first."""
+    scaling: float | None
+
+
+@dataclass
+class Heard:
+    """What the language model showed on the way, for the next step to see (:mod:`.hearing`)."""
+
+    passed: Attended | None = None
+    """The layer just passed."""
+    coming: Attended | None = None
+    """The layer to come."""
+    ahead: bool = False
+    """The layer to come is being asked, and must stop once it was heard."""
+    previous: Tensor | None = None
+    """Hidden states [batch, width, dim] that entered the layer just passed."""
+    normed: Tensor | None = None
+    """Hidden states [batch, width, dim] after the final norm."""
+    rotary: Tensor | None = None
+    """Cosines and sines [batch, width, 2 dim]."""
+    embeddings: Tensor | None = None
+    """Input embeddings [batch, length, dim] of the uncompressed chunk."""
+
+
 @dataclass
 class Forward:
     """One pass through the language model on a cache that lacks tokens."""
@@ -310,7 +341,10 @@ class Prefill(Forward):
     """The segments of all rows, beams included."""
     rows: list[Int[Tensor, " images"]] = field(default_factory=list)
     """For every group the batch rows of its images."""
+    entered: list[Int[Tensor, "images entered"]] = field(default_factory=list)
+    """For every group the places, in the uncompressed chunk, of the tokens that entered the language model."""
     removals: list[Removal] = field(default_factory=list)
+    heard: Heard = field(default_factory=Heard)
 
     @property
     def prompt_end(self) -> int:

@@ -7,7 +7,7 @@ and put the last hidden states back to full length on the way out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,10 @@ from visiontrim.engine.cache import (
     physical_length,
     trimmed_layer,
 )
-from visiontrim.engine.call import Alive, Call, Forward, Prefill, Removal
+from visiontrim.engine.call import Alive, Call, Forward, Heard, Prefill, Removal
+from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
+from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.models.family import Family
 
@@ -44,6 +46,7 @@ class LanguageStage:
         self._steps = steps
         self._compact = positions == "compact"
         self._session = session
+        self._hearing = Hearing(family, steps, session)
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -51,13 +54,15 @@ class LanguageStage:
             self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
+        if self._family.deepstack is not None:
+            removers.append(Replaced(self._model, self._family.deepstack, self._add_features))
         # flash attention reads gaps in position_ids as borders of packed sequences, so no layer may get them
         flash = "flash" in (self._model.config._attn_implementation or "")
-        first = 0 if flash else min(self._steps, default=len(self._model.layers))
+        first = 0 if flash else min(self._steps.keys() | self._hearing.remembers, default=len(self._model.layers))
         for index in range(first, len(self._model.layers)):
             hook = self._layer_hook(index)
             removers.append(self._model.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
-        return removers
+        return removers + self._hearing.attach()
 
     def _enter(self, module, args, kwargs):
         call, cache = self._session.call, kwargs.get("past_key_values")
@@ -99,6 +104,7 @@ class LanguageStage:
         alive = Alive(origin, valid, [], [])
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid)
         place_groups(prefill, self._family)
+        self._hearing.enter(prefill, embeds)
         return prefill
 
     def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
@@ -111,6 +117,7 @@ class LanguageStage:
             mark[:, : group.marks_beside(group.kept)]
             for mark, group in zip(prefill.alive.marks, prefill.groups, strict=True)
         ]
+        prefill.entered = columns
         image = self._family.placeholders(prefill.call.forward_ids)
         index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
@@ -146,6 +153,16 @@ class LanguageStage:
             positions = positions - (rank_before - forward.alive.valid.cumsum(1))
         return positions
 
+    def _add_features(self, add: Callable, hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
+        """DeepStack: ``features`` are added to the tokens at ``places`` [batch, length], now to those that are left."""
+        prefill: Forward | None = self._session.forward
+        if not isinstance(prefill, Prefill) or not prefill.removals:
+            return add(hidden, places, features)
+        origin, valid = prefill.alive.origin, prefill.alive.valid
+        number = places.flatten().cumsum(0).view_as(places) - 1
+        left = gather(places, origin) & valid
+        return add(hidden, left, features[gather(number, origin)[left]])
+
     def _layer_hook(self, layer: int):
         def hook(module, args, kwargs):
             forward: Forward | None = self._session.forward
@@ -153,7 +170,9 @@ class LanguageStage:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             if layer in self._steps:
-                hidden = self._start_segment(forward, layer, hidden, kwargs)
+                hidden = self._start_segment(forward, layer, hidden, args, kwargs)
+            if isinstance(forward, Prefill):
+                self._hearing.remember(forward, layer, hidden)
             if not forward.overrides:
                 return None
             kwargs = kwargs | {key: value for key, value in forward.overrides.items() if key in kwargs}
@@ -163,14 +182,18 @@ class LanguageStage:
 
         return hook
 
-    def _start_segment(self, forward: Forward, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _start_segment(
+        self, forward: Forward, layer: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         """Select at a language stage, and fix what the layers of its segment get."""
         cache, earlier, index = forward.cache, trimmed_layer(forward.cache, layer), None
         if isinstance(forward, Prefill):
             with self._session.clock("method"), torch.no_grad():
+                self._hearing.before_step(forward, layer, hidden, args, kwargs)
                 hidden, keep, columns, marks = select_between_layers(
                     forward, self._steps[layer], hidden, len(self._model.layers)
                 )
+                forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:
                 index = self._narrow(forward, layer, keep, columns, marks)
                 hidden = gather(hidden, index)

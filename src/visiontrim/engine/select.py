@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Step
-from visiontrim.core.view import Keep, Text, View
+from visiontrim.core.method import DecoderLayer, Step
+from visiontrim.core.view import Keep, View
 from visiontrim.engine.call import Group, Prefill
+from visiontrim.engine.hearing import Signals
 from visiontrim.models.family import Family
 
 
@@ -35,6 +36,7 @@ def place_groups(prefill: Prefill, family: Family) -> None:
     for group, rows in zip(prefill.groups, prefill.rows, strict=True):
         prefill.alive.columns.append(order[group.part.kind][rows[:, None], group.places])
         prefill.alive.marks.append(order[group.part.kind][rows[:, None], group.marks])
+    prefill.entered = prefill.alive.columns
 
 
 def checked_select(step: Step, view: View) -> Keep:
@@ -42,6 +44,7 @@ def checked_select(step: Step, view: View) -> Keep:
     keep = step.select(view)
     batch, tokens, dim = view.features.shape
     kept = keep.index.shape[-1]
+    fewest = 0 if isinstance(step.site, DecoderLayer) else 1
     shapes = {
         "index": (keep.index, (batch, kept)),
         "features": (keep.features, (batch, kept, dim)),
@@ -50,10 +53,11 @@ def checked_select(step: Step, view: View) -> Keep:
         "projected": (keep.projected, None if view.projected is None else (batch, kept, view.projected.shape[-1])),
     }
     for name, (given, wanted) in shapes.items():
-        if (given is not None and tuple(given.shape) != wanted) or not 1 <= kept <= tokens:
+        if (given is not None and tuple(given.shape) != wanted) or not fewest <= kept <= tokens:
             raise TrimError(
                 f"the method {step} answered {name} of shape {tuple(given.shape) if given is not None else None} for "
-                f"{batch} images of {tokens} tokens of width {dim}: give {wanted}, and between 1 and {tokens} tokens"
+                f"{batch} images of {tokens} tokens of width {dim}: give {wanted}, and between {fewest} and {tokens} "
+                "tokens"
             )
     return keep
 
@@ -84,19 +88,11 @@ def select_between_layers(
     """
     alive = prefill.alive
     keep = torch.ones_like(alive.valid)
-    image = torch.zeros_like(keep)
-    for rows, column, mark in zip(prefill.rows, alive.columns, alive.marks, strict=True):
-        image[rows[:, None], column] = True
-        image[rows[:, None], mark] = True
-    asked = alive.valid & (alive.origin < prefill.prompt_end - prefill.past)
-    width = torch.arange(1, keep.shape[1] + 1, device=keep.device)
-    last = (asked * width).argmax(1)
-
+    signals = Signals(prefill, step, hidden)
     columns, marks, groups, merged = [], [], [], hidden
-    for group, rows, column, mark in zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True):
-        text = None
-        if "text" in step.needs:
-            text = _text_after(hidden, rows, column, asked & ~image, last)
+    for number, (group, rows, column, mark) in enumerate(
+        zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True)
+    ):
         view = View(
             features=hidden[rows[:, None], column],
             coordinates=group.coordinates,
@@ -105,10 +101,9 @@ def select_between_layers(
             num_layers=num_layers,
             whole=group.part.whole,
             before=group.part.before,
-            text=text,
-            query=hidden[rows, last[rows]] if "query" in step.needs else None,
+            **(signals.of_group(number) if group.kept else {}),
         )
-        kept = checked_select(step, view)
+        kept = checked_select(step, view) if group.kept else Keep.everything(view)
         stays = column.gather(1, kept.index.sort(-1).values)
         if kept.features is not None:
             merged = merged.clone() if merged is hidden else merged
@@ -123,19 +118,3 @@ def select_between_layers(
     unchanged = all(new.kept == old.kept for new, old in zip(groups, prefill.groups, strict=True))
     prefill.groups = groups
     return merged, keep, None if unchanged else columns, marks
-
-
-def _text_after(
-    hidden: Float[Tensor, "batch tokens dim"],
-    rows: Int[Tensor, " images"],
-    column: Int[Tensor, "images kept"],
-    is_text: Bool[Tensor, "batch tokens"],
-    last: Int[Tensor, " batch"],
-) -> Text:
-    """Hidden states of the text after each image; of the last prompt position, if the prompt ends with the image."""
-    ends = column[:, -1]
-    start = int(ends.min())
-    places = torch.arange(start, hidden.shape[1], device=hidden.device)
-    mask = is_text[rows, start:] & (places > ends[:, None])
-    mask |= places == last[rows, None]
-    return Text(hidden[rows, start:], mask, scale=1.0)

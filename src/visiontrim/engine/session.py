@@ -170,7 +170,7 @@ _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass 
 def _by_site(method: Method, num_layers: int) -> tuple[Step | None, dict[int, Step]]:
     """The step at the vision output, and those between decoder layers."""
     vision, language = None, {}
-    for step in method.steps():
+    for step in method.steps_on(num_layers):
         match step.site:
             case VisionOutput():
                 vision = step

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
@@ -19,6 +19,7 @@ from visiontrim.engine.call import Call, Encoding, Group, Part, Selected
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.pack import mark_empty, to_slots
 from visiontrim.engine.probe import AttentionProbe
+from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import checked_select
 from visiontrim.models.family import Family, Kind
 from visiontrim.models.layout import Segment, Visual
@@ -50,19 +51,19 @@ class VisionStage:
         """Install the hooks and return what removes them again."""
         family, removers = self._family, []
         for kind in family.kinds:
-            removers.append(_Replaced(family.core, f"get_{kind}_features", functools.partial(self._encode, kind)))
+            removers.append(Replaced(family.core, f"get_{kind}_features", functools.partial(self._encode, kind)))
         if family.projector is not None:
             removers.append(family.projector.register_forward_pre_hook(self._before_projector))
             removers.append(family.projector.register_forward_hook(self._after_projector))
         if "joint_last" in self._needs:
             removers.append(family.encoder("image").register_forward_hook(self._after_encoder))
-        for module, (kind, signals) in self._to_hear().items():
-            removers.append(AttentionProbe(module, functools.partial(self._hear, kind, signals)))
+        for module, signals in self._to_hear().items():
+            removers.append(AttentionProbe(module, functools.partial(self._hear, signals)))
         return removers
 
-    def _to_hear(self) -> dict[Any, tuple[Kind, list[Signal]]]:
+    def _to_hear(self) -> dict[Any, list[Signal]]:
         """The attention modules that signals come from, each with its signals."""
-        modules: dict[Any, tuple[Kind, list[Signal]]] = {}
+        modules: dict[Any, list[Signal]] = {}
         for kind, signal in itertools.product(self._family.kinds, sorted(self._needs, key=str)):
             name, layer = signal if isinstance(signal, tuple) else (signal, self._family.scored(kind))
             attentions = self._family.attentions(kind)
@@ -76,7 +77,7 @@ class VisionStage:
                 raise TrimError(
                     f"{self._step} reads {name} of encoder layer {layer}, but the encoder has {len(attentions)} layers"
                 )
-            signals = modules.setdefault(attentions[layer], (kind, []))[1]
+            signals = modules.setdefault(attentions[layer], [])
             signals += [signal] if signal not in signals else []
         return modules
 
@@ -128,16 +129,16 @@ class VisionStage:
         if call is not None and call.encoding is not None:
             call.encoding.last_hidden = output.last_hidden_state
 
-    def _hear(self, kind: Kind, signals: list[Signal], query: Tensor, key: Tensor, scaling: float | None) -> None:
+    def _hear(self, signals: list[Signal], query: Tensor, key: Tensor, scaling: float | None) -> None:
         call: Call | None = self._session.call
-        if call is None or call.encoding is None or call.encoding.kind != kind:
+        if call is None or call.encoding is None:
             return
-        special, heard = self._family.special_tokens, call.encoding.heard
+        encoding, special = call.encoding, self._family.special_tokens
         with self._session.clock("method"):
-            for q, k in _by_chunk(query, key, self._family.chunks(kind, call.encoding.arguments)):
+            for q, k in _by_chunk(query, key, self._family.chunks(encoding.kind, encoding.arguments)):
                 for signal in signals:
                     value = _signal(_name(signal), q, k, scaling, special)
-                    heard.setdefault(signal, []).append(value.flatten(0, 1))
+                    encoding.heard.setdefault(signal, []).append(value.flatten(0, 1))
 
     def _select(
         self, call: Call, encoding: Encoding, tokens: Float[Tensor, "*shape dim"], lengths: list[int] | None
@@ -182,49 +183,52 @@ class VisionStage:
         values = torch.cat([value.to(tokens.dtype) for value in values])
         return Selected(torch.cat(slots), values, torch.cat([none, *blank]), tokens.shape[:-1], projected)
 
-    def _placed(self, call: Call, encoding: Encoding, visuals: list[Visual]):
+    def _placed(
+        self, call: Call, encoding: Encoding, visuals: list[Visual]
+    ) -> Iterator[tuple[Group, Int[Tensor, "images tokens"], Int[Tensor, "images marks"]]]:
         """The segments by group, each group with the places of its tokens and marks among all placeholders."""
+        device = call.input_ids.device
         placeholders = self._family.placeholders(call.input_ids, encoding.kind)
         owners = call.owners(placeholders, visuals)
         starts = list(itertools.accumulate((visual.length for visual in visuals), initial=0))
-        first = 1 + max((number for group in call.groups for number in group.numbers), default=-1)
-        members: dict[tuple, list[tuple[int, Segment]]] = {}
-        for number, split in enumerate(self._budgets(visuals, owners, placeholders)):
-            for segment, whole, before in split:
-                part = Part(encoding.kind, segment.grid, whole, before, segment.marks_stay)
-                members.setdefault((part, len(segment.marks)), []).append((number, segment))
+        number = 1 + max((number for group in call.groups for number in group.numbers), default=-1)
+        members: dict[tuple[Part, int], list[tuple[int, int, Segment]]] = {}
+        for tiles in self._images(owners, placeholders):
+            whole, before = [visuals[tile] for tile in tiles], 0
+            for tile, visual in zip(tiles, whole, strict=True):
+                for segment, budget, start in visual.split(self._per):
+                    if len(tiles) > 1 and self._per == "image":
+                        budget, start = sum(tile.total for tile in whole), before + start
+                    part = Part(encoding.kind, segment.grid, budget, start, segment.marks_stay)
+                    members.setdefault((part, len(segment.marks)), []).append((number, tile, segment))
+                before += visual.total
+            number += 1
         for (part, _), segments in members.items():
-            numbers = [number for number, _ in segments]
-            start = torch.tensor([starts[number] for number in numbers])[:, None]
-            offset = torch.tensor([owners[number][1] for number in numbers])[:, None]
-            index = torch.stack([segment.index for _, segment in segments])
-            marks = torch.stack([segment.marks for _, segment in segments])
-            device = call.input_ids.device
+            start = torch.tensor([starts[tile] for _, tile, _ in segments])[:, None]
+            offset = torch.tensor([owners[tile][1] for _, tile, _ in segments])[:, None]
+            index = torch.stack([segment.index for _, _, segment in segments])
+            marks = torch.stack([segment.marks for _, _, segment in segments])
             group = Group.uncompressed(
-                tuple(owners[number][0] for number in numbers),
-                tuple(first + number for number in numbers),
+                tuple(owners[tile][0] for _, tile, _ in segments),
+                tuple(number for number, _, _ in segments),
                 part,
                 (offset + index).to(device),
                 (offset + marks).to(device),
             )
             yield group, (start + index).to(device), (start + marks).to(device)
 
-    def _budgets(self, visuals, owners, placeholders) -> Iterable[list[tuple[Segment, int | None, int]]]:
-        """The segments of every visual, each with the whole that it shares a budget with and what stands before it."""
-        splits = [visual.split(self._per) for visual in visuals]
-        if not self._family.adjoining or self._per == "tile":
-            return splits
+    def _images(self, owners: list[tuple[int, int]], placeholders: Bool[Tensor, "batch tokens"]) -> list[list[int]]:
+        """What was encoded, by image: several where the family writes the tiles of an image without text between."""
+        if not self._family.adjoining:
+            return [[number] for number in range(len(owners))]
         columns = [row.nonzero()[:, 0].tolist() for row in placeholders]
-        runs: list[list[int]] = []
-        for number, (row, offset) in enumerate(owners):
-            continues = offset > 0 and columns[row][offset] == columns[row][offset - 1] + 1
-            runs[-1:] = [[*runs[-1], number]] if continues else [*runs[-1:], [number]]
-        for run in runs:
-            whole = sum(visuals[number].total for number in run)
-            for place, number in enumerate(run if len(run) > 1 else []):
-                before = sum(visuals[other].total for other in run[:place])
-                splits[number] = [(segment, whole, before) for segment, _, _ in splits[number]]
-        return splits
+        images: list[list[int]] = []
+        for number, (row, first) in enumerate(owners):
+            if first > 0 and columns[row][first] == columns[row][first - 1] + 1:
+                images[-1].append(number)
+            else:
+                images.append([number])
+        return images
 
     def _signals(self, encoding: Encoding) -> dict[Signal, Tensor]:
         """What was heard, as the placeholders would have it."""
@@ -285,18 +289,6 @@ class VisionStage:
             words=words,
             at={signal: value for signal, value in signals.items() if isinstance(signal, tuple)},
         )
-
-
-class _Replaced:
-    """A function of an instance in whose place another stands, which gets the original as its first argument."""
-
-    def __init__(self, owner: Any, name: str, function: Callable) -> None:
-        original = getattr(owner, name)
-        self._owner, self._name = owner, name
-        setattr(owner, name, functools.wraps(original)(functools.partial(function, original)))
-
-    def remove(self) -> None:
-        self._owner.__dict__.pop(self._name, None)
 
 
 def _signal(

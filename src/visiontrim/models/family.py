@@ -61,6 +61,15 @@ class Family(ABC):
         return None
 
     @property
+    def final_norm(self) -> Any:
+        """The norm after the last decoder layer."""
+        return self.language_model.norm
+
+    def decoder_attention(self, layer: int) -> Any:
+        """The attention module of decoder layer ``layer``."""
+        return self.language_model.layers[layer].self_attn
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """What the model takes besides text."""
         return ("image", "video") if hasattr(self.core, "get_video_features") else ("image",)
@@ -108,6 +117,11 @@ class Family(ABC):
         """Values of the encoder's patches (without special ones), as the placeholders would have them."""
         source = self.source(kind, arguments)
         return values if source is None else values[source.clamp(min=0)]
+
+    @property
+    def deepstack(self) -> str | None:
+        """The function of the language model that adds features of earlier encoder layers between its first layers."""
+        return None
 
     @property
     def vision_width(self) -> int | None:

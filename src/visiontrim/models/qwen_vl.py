@@ -32,6 +32,10 @@ class QwenVL(Family):
     def _grids(self, kind: Kind, arguments: Arguments) -> Tensor:
         return arguments.get(f"{kind}_grid_thw", arguments.get("image_grid_thw"))
 
+    @property
+    def deepstack(self) -> str | None:
+        return "_deepstack_process" if hasattr(self.language_model, "_deepstack_process") else None
+
     def chunks(self, kind: Kind, arguments: Arguments) -> list[int]:
         return [
             rows * columns for frames, rows, columns in self._grids(kind, arguments).tolist() for _ in range(frames)

@@ -101,7 +101,7 @@ class Run:
                 "the question cannot be read without a text tower or the model's processor: pass text_tower= or "
                 "processor="
             )
-        self._questions = Questions(guidance, question)
+        self._questions = Questions(guidance, _words(self._family, processor), question)
         self._session = Session(
             self._family, method, positions or method.positions, per, self._questions, self._finish, clock
         )
@@ -185,5 +185,9 @@ def _guidance(
         tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
         tower.check_fits(family)
         return tower
+    return _words(family, processor)
+
+
+def _words(family: Family, processor: ProcessorMixin | PreTrainedTokenizerBase | None) -> Guidance | None:
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     return None if tokenizer is None else EmbeddingGuidance(family, tokenizer)

@@ -16,9 +16,15 @@ from visiontrim.core.errors import TrimError
 SignalName = Literal[
     # at the vision encoder's output
     "cls_attention",
+    "cls_attention_wide",
     "received_attention",
+    "column_attention",
+    "encoder_keys",
+    "projected",
     "joint",
     "joint_last",
+    "joint_normalised",
+    "words",
     # at both
     "text",
     # between decoder layers
@@ -37,7 +43,9 @@ Signal = SignalName | tuple[SignalName, int]
 """Names of the optional fields of :class:`View`; a step lists in ``needs`` the ones that it reads.
 
 A pair asks for the signal as another layer of the vision encoder gives it, counted from 0 or, if negative, from the
-last one: ``("cls_attention", 5)``."""
+last one: ``("cls_attention", 5)``. Of ``joint`` there are three, of which a step asks for one at most: the selected
+features in the space of the text, the same after the encoder's final norm (``joint_normalised``), and the encoder's
+normalised last hidden state (``joint_last``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,8 @@ class Text:
     """False marks padding: questions of a batch differ in length."""
     scale: float
     """Factor of a cosine in this space: exp(logit_scale) of a CLIP tower."""
+    ends: Bool[Tensor, "batch text"] | None = None
+    """Tokens that sum up the question: the end token of each window of a CLIP tower; None: this space has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +97,21 @@ class View:
     cls_attention: Float[Tensor, "batch tokens"] | None = None
     """Attention of [CLS] to each patch, mean over heads, after the softmax over [CLS] and all patches. An encoder
     without [CLS] gives ``received_attention`` to a step that asks for this."""
+    cls_attention_wide: Float[Tensor, "batch tokens"] | None = None
+    """``cls_attention`` as if all heads were a single one of the full width, with the scale of that width."""
     received_attention: Float[Tensor, "batch tokens"] | None = None
     """Mean attention that each patch receives from the *other* patches, mean over heads."""
+    column_attention: Float[Tensor, "batch tokens"] | None = None
+    """Mean attention that each patch receives from all tokens, itself and [CLS] included, mean over heads."""
+    encoder_keys: Float[Tensor, "batch heads tokens head_dim"] | None = None
+    """Keys of the patches as the attention function gets them, in the layer whose output is projected."""
+    projected: Float[Tensor, "batch tokens width"] | None = None
+    """The tokens in the language model's space, after the projector."""
     joint: Float[Tensor, "batch tokens joint"] | None = None
     """The tokens in the space of ``text``."""
     text: Text | None = None
+    words: Text | None = None
+    """The language model's own input embeddings of the question, in the space of ``projected``."""
     query: Float[Tensor, "batch dim"] | None = None
     """Hidden state at the position whose logits give the first generated token (decoder layers only)."""
     last_attention: Float[Tensor, "batch tokens"] | None = None
@@ -159,6 +179,9 @@ class Keep:
     """For every token of the view the output that it went to, -1 where it was dropped; None: only ``index`` lives."""
     complement: Bool[Tensor, "batch kept"] | None = None
     """Outputs that stand for a cluster of leftovers (complement tokens); None: there are none."""
+    projected: Float[Tensor, "batch kept width"] | None = None
+    """The outputs when something was merged into them after the projector, in the space of :attr:`View.projected`;
+    they take the place of what the projector makes of ``features``."""
 
     @classmethod
     def everything(cls, view: View) -> Keep:

@@ -178,6 +178,8 @@ class Selected:
     """Placeholders, counted over the whole encoding, of marks that go with their segments."""
     shape: torch.Size
     """Of the tokens that were selected from, without their width."""
+    projected: list[tuple[int, Float[Tensor, "merged width"]]]
+    """What takes the place of the projector's outputs, each from a given one of ``slots`` on."""
 
 
 @dataclass

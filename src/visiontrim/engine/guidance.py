@@ -12,10 +12,14 @@ from visiontrim.models.text import Guidance
 
 
 class Questions:
-    """One question for every row of a batch, or one for all, with the tower that encodes them."""
+    """One question for every row of a batch, or one for all, with what encodes them.
 
-    def __init__(self, guidance: Guidance | None, asked: str | Sequence[str] | None) -> None:
+    ``guidance`` is the text tower if there is one; ``words`` are the language model's own embeddings, with or without.
+    """
+
+    def __init__(self, guidance: Guidance | None, words: Guidance | None, asked: str | Sequence[str] | None) -> None:
         self.guidance = guidance
+        self.words = words
         self.asked = asked
 
     @property
@@ -33,18 +37,20 @@ class Questions:
                     "question at all to do without guidance by text"
                 )
         self._asked = questions
-        self._text: Text | None = None
+        self._encoded: dict[Guidance, Text] = {}
 
-    def for_rows(self, rows: Sequence[int], batch: int, device: torch.device) -> Text | None:
+    def for_rows(self, guidance: Guidance | None, rows: Sequence[int], batch: int, device: torch.device) -> Text | None:
         """Token features of the question that belongs to each of ``rows`` of a batch of ``batch``."""
-        if not self._asked or self.guidance is None:
+        if not self._asked or guidance is None:
             return None
         if batch % len(self._asked):
             raise TrimError(
                 f"{len(self._asked)} questions for a batch of {batch}: give one question for every row, or one for all"
             )
-        if self._text is None:
-            self._text = self.guidance.encode(self._asked)
+        if guidance not in self._encoded:
+            self._encoded[guidance] = guidance.encode(self._asked)
+        text = self._encoded[guidance]
         repeats = batch // len(self._asked)  # rows of one sample (beams) stand side by side
-        pick = torch.tensor([row // repeats for row in rows], device=self._text.tokens.device)
-        return Text(self._text.tokens[pick].to(device), self._text.mask[pick].to(device), self._text.scale)
+        pick = torch.tensor([row // repeats for row in rows], device=text.tokens.device)
+        ends = None if text.ends is None else text.ends[pick].to(device)
+        return Text(text.tokens[pick].to(device), text.mask[pick].to(device), text.scale, ends)

@@ -50,6 +50,7 @@ def checked_select(step: Step, view: View) -> Keep:
         "features": (keep.features, (batch, kept, dim)),
         "assignment": (keep.assignment, (batch, tokens)),
         "complement": (keep.complement, (batch, kept)),
+        "projected": (keep.projected, None if view.projected is None else (batch, kept, view.projected.shape[-1])),
     }
     for name, (given, wanted) in shapes.items():
         if (given is not None and tuple(given.shape) != wanted) or not fewest <= kept <= tokens:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
-from visiontrim.core.view import Signal, View
+from visiontrim.core.view import Signal, SignalName, View
 from visiontrim.engine.call import Call, Encoding, Group, Part, Selected
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.pack import mark_empty, to_slots
@@ -23,12 +23,12 @@ from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import checked_select
 from visiontrim.models.family import Family, Kind
 from visiontrim.models.layout import Segment, Visual
-from visiontrim.ops.attention import attention_received, attention_rows
+from visiontrim.ops.attention import attention_columns, attention_received, attention_rows
 
 if TYPE_CHECKING:
     from visiontrim.engine.session import Session
 
-HEARD = ("cls_attention", "received_attention")
+HEARD = ("cls_attention", "cls_attention_wide", "received_attention", "column_attention", "encoder_keys")
 """Signals that come from an attention module of the encoder."""
 
 
@@ -67,7 +67,11 @@ class VisionStage:
         for kind, signal in itertools.product(self._family.kinds, sorted(self._needs, key=str)):
             name, layer = signal if isinstance(signal, tuple) else (signal, self._family.scored(kind))
             attentions = self._family.attentions(kind)
-            if name not in HEARD or not attentions:
+            if name == "cls_attention" and not self._family.special_tokens:  # without [CLS] there is this instead
+                name = "received_attention"
+                signal = (name, layer) if isinstance(signal, tuple) else name
+            absent = name == "cls_attention_wide" and not self._family.special_tokens
+            if name not in HEARD or absent or not attentions:
                 continue
             if not -len(attentions) <= layer < len(attentions):
                 raise TrimError(
@@ -114,6 +118,10 @@ class VisionStage:
         if call is None or call.encoding is None or call.encoding.selected is None:
             return None
         kept = call.encoding.selected
+        if kept.projected:
+            output = output.clone()
+        for start, rows in kept.projected:
+            output[0, start : start + len(rows)] = rows.to(output.dtype)
         return to_slots(output, kept.slots[None], kept.shape.numel()).view(*kept.shape, -1)
 
     def _after_encoder(self, module, args, output) -> None:
@@ -129,13 +137,8 @@ class VisionStage:
         with self._session.clock("method"):
             for q, k in _by_chunk(query, key, self._family.chunks(encoding.kind, encoding.arguments)):
                 for signal in signals:
-                    name = signal[0] if isinstance(signal, tuple) else signal
-                    if name == "cls_attention" and special:
-                        value = attention_rows(q[:, :, :1], k, scaling=scaling).mean(1)[:, 0, special:]
-                    else:  # an encoder without [CLS] gives this instead
-                        signal = _renamed(signal, "received_attention")
-                        value = attention_received(q, k, scaling=scaling, skip=special)
-                    encoding.heard.setdefault(signal, []).append(value.flatten())
+                    value = _signal(_name(signal), q, k, scaling, special)
+                    encoding.heard.setdefault(signal, []).append(value.flatten(0, 1))
 
     def _select(
         self, call: Call, encoding: Encoding, tokens: Float[Tensor, "*shape dim"], lengths: list[int] | None
@@ -151,7 +154,7 @@ class VisionStage:
             call.groups += [group for group, _, _ in placed]
             return None
         signals = self._signals(encoding)
-        slots, values, blank = [], [], []
+        slots, values, blank, projected, rows = [], [], [], [], 0
         for old, index, marks in placed:
             at, marks_at = (index, marks) if source is None else (source[index], source[marks])
             with self._session.clock("method"), torch.no_grad():
@@ -161,19 +164,24 @@ class VisionStage:
             call.groups.append(group)
             slots.append(at.gather(1, keep.index.sort(-1).values).flatten())
             merged = features[at.gather(1, keep.index)] if keep.features is None else keep.features
+            if keep.projected is not None and family.projector is None:
+                merged = keep.projected
+            elif keep.projected is not None:
+                projected.append((rows, keep.projected.flatten(0, 1)))
             values.append(merged.flatten(0, 1))
-            changed |= group.kept < group.total or keep.features is not None
+            changed |= group.kept < group.total or keep.features is not None or keep.projected is not None
             if group.marks_beside(group.kept):
                 stay = marks_at[marks_at >= 0]
                 slots.append(stay)
                 values.append(features[stay])
             else:
                 blank.append(marks.flatten())
+            rows = sum(map(len, values))
         if not changed:
             return None
         none = torch.zeros(0, dtype=torch.long, device=tokens.device)
         values = torch.cat([value.to(tokens.dtype) for value in values])
-        return Selected(torch.cat(slots), values, torch.cat([none, *blank]), tokens.shape[:-1])
+        return Selected(torch.cat(slots), values, torch.cat([none, *blank]), tokens.shape[:-1], projected)
 
     def _placed(
         self, call: Call, encoding: Encoding, visuals: list[Visual]
@@ -239,29 +247,70 @@ class VisionStage:
         at: Int[Tensor, "images tokens"],
         signals: dict[Signal, Tensor],
     ) -> View:
-        guidance = self._questions.guidance
-        joint = text = None
+        family, questions = self._family, self._questions
+        guidance, batch, device = questions.guidance, call.input_ids.shape[0], features.device
+        joint = text = words = None
         if guidance is not None and "text" in self._needs:
-            text = self._questions.for_rows(group.rows, call.input_ids.shape[0], features.device)
+            text = questions.for_rows(guidance, group.rows, batch, device)
         if guidance is not None and text is not None:
-            if encoding.last_hidden is None:
-                joint = guidance.embed(features)
+            if encoding.last_hidden is not None:
+                joint = guidance.embed(family.normalised_last_hidden(encoding.last_hidden).flatten(0, 1)[at])
+            elif "joint_normalised" in self._needs and guidance.of_normalised:
+                joint = guidance.embed(family.normalised(features))
             else:
-                joint = guidance.embed(self._family.normalised_last_hidden(encoding.last_hidden).flatten(0, 1)[at])
+                joint = guidance.embed(features)
+        if "words" in self._needs:
+            if questions.asked and questions.words is None:
+                raise TrimError(
+                    f"{self._step} compares vision tokens with the language model's own embeddings of the question: "
+                    "pass processor= so that the question can be read"
+                )
+            words = questions.for_rows(questions.words, group.rows, batch, device)
+        signals = {
+            signal: value.transpose(1, 2) if _name(signal) == "encoder_keys" else value
+            for signal, value in signals.items()
+        }
         return View(
             features=features,
             coordinates=group.coordinates,
             grid=group.grid,
             entered=group.total,
-            num_layers=len(self._family.language_model.layers),
+            num_layers=len(family.language_model.layers),
             whole=group.part.whole,
             before=group.part.before,
             cls_attention=signals.get("cls_attention"),
+            cls_attention_wide=signals.get("cls_attention_wide"),
             received_attention=signals.get("received_attention"),
+            column_attention=signals.get("column_attention"),
+            encoder_keys=signals.get("encoder_keys"),
+            projected=family.to_language(features) if "projected" in self._needs else None,
             joint=joint,
             text=text,
+            words=words,
             at={signal: value for signal, value in signals.items() if isinstance(signal, tuple)},
         )
+
+
+def _signal(
+    name: SignalName,
+    query: Float[Tensor, "images heads tokens dim"],
+    key: Float[Tensor, "images heads tokens dim"],
+    scaling: float | None,
+    special: int,
+) -> Float[Tensor, "images patches *rest"]:
+    """What an attention module says by its queries and keys."""
+    match name:
+        case "cls_attention":
+            return attention_rows(query[:, :, :1], key, scaling=scaling).mean(1)[:, 0, special:]
+        case "cls_attention_wide":
+            query, key = (side.transpose(1, 2).flatten(2)[:, None] for side in (query[:, :, :1], key))
+            return attention_rows(query, key)[:, 0, 0, special:]
+        case "column_attention":
+            return attention_columns(query, key, scaling=scaling, skip=special)
+        case "encoder_keys":
+            return key[:, :, special:].transpose(1, 2)
+        case _:
+            return attention_received(query, key, scaling=scaling, skip=special)
 
 
 def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[tuple[Tensor, Tensor]]:
@@ -271,5 +320,5 @@ def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[
     return zip(query.split(chunks, dim=2), key.split(chunks, dim=2), strict=True)
 
 
-def _renamed(signal: Signal, name: Any) -> Signal:
-    return (name, signal[1]) if isinstance(signal, tuple) else name
+def _name(signal: Signal) -> SignalName:
+    return signal[0] if isinstance(signal, tuple) else signal

@@ -160,6 +160,10 @@ class Family(ABC):
         """The patches of the encoder's last layer after its final norm, which the joint space was trained on."""
         return last_hidden_state[:, self.special_tokens :]
 
+    def normalised(self, features: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
+        """Selected features after the encoder's final norm, if there is one."""
+        return features
+
     def to_language(self, features: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape hidden"]:
         """Selected features in the space of the language model's embeddings."""
         # forward() itself: the engine's hooks on the projector must not see this call

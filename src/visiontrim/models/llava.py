@@ -59,6 +59,10 @@ class LlavaLike(Family):
             return last_hidden_state
         return self.encoder("image").post_layernorm(last_hidden_state[:, self.special_tokens :])
 
+    def normalised(self, features: Tensor) -> Tensor:
+        norm = getattr(self.encoder("image"), "post_layernorm", None)
+        return features if norm is None else norm(features)
+
     def check_towers(self, *towers: str) -> None:
         """Raise :class:`TrimError` unless the encoder is one of ``towers`` and its patches are what is projected."""
         config = self.model.config

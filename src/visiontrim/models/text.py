@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +25,9 @@ MAX_WINDOWS = 16
 
 class Guidance(ABC):
     """Questions and vision tokens in one space."""
+
+    of_normalised: ClassVar[bool] = False
+    """Whether the space was trained on patches after the encoder's final norm."""
 
     @abstractmethod
     def encode(self, questions: Sequence[str]) -> Text:
@@ -40,6 +46,8 @@ class TextTower(Guidance):
             are used, in the model's own dtype and on its own device.
         tokenizer: its tokenizer.
     """
+
+    of_normalised = True
 
     def __init__(self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if not all(hasattr(model, part) for part in ("text_model", "text_projection", "visual_projection")):
@@ -84,7 +92,11 @@ class TextTower(Guidance):
         states = self.model.text_projection(self.model.text_model(input_ids=ids.to(weight.device)).last_hidden_state)
         parts = iter([state[: len(window)] for state, window in zip(states, windows, strict=True)])
         encoded = [torch.cat([next(parts) for _ in row]) for row in rows]
-        return _padded(encoded, scale=float(self.model.logit_scale.detach().exp()))
+        text = _padded(encoded, scale=float(self.model.logit_scale.detach().exp()))
+        ends = torch.zeros_like(text.mask)
+        for number, row in enumerate(rows):
+            ends[number, [end - 1 for end in itertools.accumulate(map(len, row))]] = True
+        return dataclasses.replace(text, ends=ends)
 
     def _windows(self, question: str) -> list[list[int]]:
         ids = self.tokenizer(question)["input_ids"]

@@ -64,6 +64,27 @@ def attention_received(
     return received / max(tokens - skip - 1, 1)
 
 
+def attention_columns(
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    scaling: float | None = None,
+    chunk: int = 256,
+    skip: int = 1,
+) -> Float[Tensor, "batch patches"]:
+    """Mean attention that each patch receives from all tokens, itself and special ones included, mean over heads.
+
+    The column means of the attention map, without the columns of the first ``skip`` tokens; float32. Holds the rows of
+    ``chunk`` queries at a time.
+    """
+    tokens = query.shape[2]
+    received = query.new_zeros(len(query), tokens - skip, dtype=torch.float32)
+    for start in range(0, tokens, chunk):
+        probabilities = _logits(query[:, :, start : start + chunk], key, scaling).softmax(-1)
+        received += probabilities[..., skip:].mean(1).sum(1)
+    return received / tokens
+
+
 def _logits(
     query: Float[Tensor, "batch heads rows dim"], key: Float[Tensor, "batch kv_heads keys dim"], scaling: float | None
 ) -> Float[Tensor, "batch heads rows keys"]:

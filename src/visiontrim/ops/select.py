@@ -55,23 +55,25 @@ def uniform_stride(grid: tuple[int, int, int], count: int) -> Int[Tensor, " {cou
     used = even_stride(frames, min(frames, count))
     lattices = [
         _frame_lattice(rows, columns, share) + frame * rows * columns
-        for frame, share in zip(used.tolist(), _shares(count, len(used)), strict=True)
+        for frame, share in zip(used.tolist(), even_shares(count, len(used)), strict=True)
     ]
     return torch.cat(lattices) if lattices else used
 
 
 def _frame_lattice(rows: int, columns: int, count: int) -> Int[Tensor, " {count}"]:
-    fewest = -(-count // columns)  # a row holds at most ``columns``
-    lines = min(rows, count, max(fewest, round((count * rows / columns) ** 0.5)))
-    used = even_stride(rows, lines)
+    shares = lattice_rows(rows, columns, count)
+    used = even_stride(rows, len(shares))
     return torch.cat(
-        [
-            even_stride(columns, share) + row * columns
-            for row, share in zip(used.tolist(), _shares(count, lines), strict=True)
-        ]
+        [even_stride(columns, share) + row * columns for row, share in zip(used.tolist(), shares, strict=True)]
     )
 
 
-def _shares(total: int, parts: int) -> list[int]:
+def lattice_rows(rows: int, columns: int, count: int) -> list[int]:
+    """How many of ``count`` places each row of the lattice of :func:`uniform_stride` has, top to bottom."""
+    fewest = -(-count // columns)  # a row holds at most ``columns``
+    return even_shares(count, min(rows, count, max(fewest, round((count * rows / columns) ** 0.5))))
+
+
+def even_shares(total: int, parts: int) -> list[int]:
     """``total`` as a sum of ``parts`` whole numbers that differ by one at most, the larger ones spread evenly."""
     return [(part + 1) * total // parts - part * total // parts for part in range(parts)]

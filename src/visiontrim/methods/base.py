@@ -1,0 +1,84 @@
+"""What the published methods at the output of the vision encoder have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from visiontrim.core.budget import Amount, check_amount
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import Positions, Site, Step, VisionOutput
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.checks import check_fields
+from visiontrim.ops.merge import Rule, merge_into_nearest
+from visiontrim.ops.select import gather, leftovers
+
+
+@dataclass(frozen=True)
+class EncoderStep(Step):
+    """Chooses among the patches before the language model starts, so survivors get consecutive positions."""
+
+    keep: Amount = 64
+    """Tokens of each image that enter the language model, as a number or as a fraction."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_amount(self.keep)
+
+    @property
+    def site(self) -> Site:
+        return VisionOutput()
+
+    @property
+    def positions(self) -> Positions:
+        return "compact"
+
+    def select(self, view: View) -> Keep:
+        count = view.count(self.keep)
+        return Keep.everything(view) if count >= view.features.shape[1] else self.choose(view, count)
+
+    @abstractmethod
+    def choose(self, view: View, count: int) -> Keep:
+        """Keep ``count`` tokens, at least one and not all."""
+
+
+def cls_attention(view: View, layer: int | None = None) -> Float[Tensor, "batch tokens"]:
+    """Attention of [CLS] in the scored encoder layer or in ``layer``; attention received where there is no [CLS]."""
+    names = ("cls_attention", "received_attention")
+    for name in names:
+        value = getattr(view, name) if layer is None else view.at.get((name, layer))
+        if value is not None:
+            return value.float()
+    raise TrimError("the vision encoder gives no attention scores, which this method ranks tokens by: use another one")
+
+
+def required(view: View, name: str, layer: int | None = None) -> Tensor:
+    """A signal that the method cannot do without. Raises :class:`TrimError` if the model does not give it."""
+    value = getattr(view, name) if layer is None else view.at.get((name, layer))
+    if value is None:
+        raise TrimError(f"this model does not give the signal {name!r}, which the method needs: use another method")
+    return value
+
+
+def with_clusters(
+    view: View,
+    alone: Int[Tensor, "batch alone"],
+    centres: Int[Tensor, "batch centres"],
+    space: Float[Tensor, "batch tokens space"],
+    rule: Rule,
+) -> Keep:
+    """Keep ``alone`` as they are, then ``centres`` (ascending), which take up all others by the cosine in ``space``."""
+    tokens, first = view.features.shape[1], alone.shape[1]
+    rest = leftovers(alone, tokens)
+    place = torch.empty_like(rest[:, :1]).expand(-1, tokens).clone()
+    place.scatter_(1, rest, torch.arange(rest.shape[1], device=rest.device).expand_as(rest))
+    merged = merge_into_nearest(gather(view.features, rest), gather(space, rest), place.gather(1, centres), rule)
+    index = torch.cat([alone, centres], 1)
+    ordinals = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    assignment = place.scatter(1, rest, merged.assignment + first).scatter(1, index, ordinals)
+    features = torch.cat([gather(view.features, alone), merged.features], 1)
+    return Keep(index, features, assignment=assignment, complement=ordinals >= first)

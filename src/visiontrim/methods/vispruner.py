@@ -1,0 +1,51 @@
+"""VisPruner: important patches by [CLS] attention, and diverse ones by dropping look-alikes.
+
+"Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", ICCV 2025,
+arXiv 2412.01818 v2. Official code: Theia-4869/VisPruner, Apache-2.0.
+
+A share ``important`` of the budget goes to the patches with the highest attention of [CLS]. The others, in the order of
+their attention, are dealt out to two halves; the (up to 8) patches of the first half that are most like one of the
+second are dropped, and so on until the budget is reached. All go on in raster order with consecutive positions.
+Published: ``important`` 0.5 at 128 tokens, 0.75 at 64.
+
+Differences: the released code fails on an odd number of patches left over; here the first half has one more then.
+Without [CLS], the attention received from the other patches ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visiontrim.core.registry import register
+from visiontrim.core.view import Keep, Signal, View
+from visiontrim.methods.base import EncoderStep, cls_attention
+from visiontrim.methods.checks import require
+from visiontrim.ops.diverse import thin_out
+
+
+@register
+@dataclass(frozen=True)
+class VisPruner(EncoderStep):
+    important: float = 0.5
+    """Share of important tokens among those kept."""
+
+    name: ClassVar[str] = "vispruner"
+    summary: ClassVar[str] = "important patches by [CLS], diverse ones by dropping look-alikes"
+    paper: ClassVar[str] = "arXiv 2412.01818 v2, ICCV 2025"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.important <= 1, f"important={self.important} is no share: give a number in [0, 1]")
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({"cls_attention"})
+
+    def choose(self, view: View, count: int) -> Keep:
+        important = int(self.important * count)
+        order = cls_attention(view).sort(dim=1, descending=True, stable=True).indices
+        diverse = thin_out(view.features, order[:, important:], count - important)
+        return Keep(torch.cat([order[:, :important], diverse], 1).sort(1).values)

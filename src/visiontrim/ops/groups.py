@@ -1,0 +1,86 @@
+"""Groups of tokens: principal components over the token axis, ranks and suppression inside groups, quotas."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from visiontrim.ops.select import gather
+
+
+def principal_loadings(
+    values: Float[Tensor, "batch tokens dim"], components: int
+) -> Float[Tensor, "batch tokens {components}"]:
+    """Absolute loadings of the tokens on the first ``components`` principal directions of the token axis, float32.
+
+    The columns are the absolute eigenvectors of V V^T [tokens x tokens], largest eigenvalue first; ``values`` come
+    centred as the caller wants them. Exact, where randomised methods need a seed. Holds tokens^2 numbers.
+    """
+    values = values.float()
+    vectors = torch.linalg.eigh(values @ values.mT).eigenvectors
+    return vectors[..., -components:].flip(-1).abs()
+
+
+def rank_within(
+    group: Int[Tensor, "batch tokens"],
+    score: Float[Tensor, "batch tokens"],
+    behind: Bool[Tensor, "batch tokens"] | None = None,
+) -> Int[Tensor, "batch tokens"]:
+    """Rank of each token in its group by falling score, from 0, ties by index; tokens marked ``behind`` come last."""
+    order = score.sort(dim=1, descending=True, stable=True).indices
+    if behind is not None:
+        order = order.gather(1, behind.long().gather(1, order).sort(dim=1, stable=True).indices)
+    order = order.gather(1, group.gather(1, order).sort(dim=1, stable=True).indices)
+    sorted_group = group.gather(1, order)
+    place = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    begins = F.pad(sorted_group[:, 1:] != sorted_group[:, :-1], (1, 0), value=True)
+    start = torch.where(begins, place, 0).cummax(1).values
+    return torch.empty_like(group).scatter(1, order, place - start)
+
+
+def suppressed(
+    unit: Float[Tensor, "batch tokens dim"],
+    group: Int[Tensor, "batch tokens"],
+    score: Float[Tensor, "batch tokens"],
+    threshold: Float[Tensor, " batch"],
+) -> Bool[Tensor, "batch tokens"]:
+    """Non-maximum suppression in groups: a token goes if a better one that stays is more like it than ``threshold``.
+
+    ``unit`` are normalised features; tokens are taken by falling score, ties by index. Holds tokens^2 numbers; one step
+    a token, since each decision hangs on those before.
+    """
+    order = score.sort(dim=1, descending=True, stable=True).indices
+    group, unit = group.gather(1, order), gather(unit, order)
+    rivals = (unit @ unit.mT > threshold[:, None, None]) & (group[:, :, None] == group[:, None])
+    gone = torch.zeros_like(group, dtype=torch.bool)
+    for token in range(group.shape[1] - 1):
+        gone[:, token + 1 :] |= rivals[:, token, token + 1 :] & ~gone[:, token, None]
+    return torch.zeros_like(gone).scatter(1, order, gone)
+
+
+def quotas(
+    sizes: Int[Tensor, "batch groups"], survivors: Int[Tensor, "batch groups"], count: int, cap: int
+) -> Int[Tensor, "batch groups"]:
+    """``count`` tokens shared out over groups of ``sizes`` tokens, of which ``survivors`` were not suppressed.
+
+    Every group that has a token gets one. The others are shared in proportion to the survivors, at most ``cap`` and the
+    survivors each; where these limits leave less than ``count``, all are raised by the same number, up to the sizes.
+    What the limits cut off goes to the groups with the most survivors, each filled before the next. Needs
+    groups <= count <= sum of sizes.
+    """
+    least = sizes.clamp(max=1)
+    limit = torch.minimum(survivors.clamp(max=cap), sizes)
+    raised = torch.arange(count + 1, device=sizes.device)[:, None]
+    enough = torch.minimum(limit[:, None] + raised, sizes[:, None]).sum(-1) >= count
+    raise_by = enough.long().argmax(1, keepdim=True)  # the first that is enough
+    limit = torch.minimum(limit + raise_by, sizes)
+    free = (count - least.sum(1, keepdim=True)).clamp(min=0)
+    so_far = (free * survivors.cumsum(1) / survivors.sum(1, keepdim=True).double()).round().long()
+    share = torch.minimum(least + so_far.diff(dim=1, prepend=torch.zeros_like(so_far[:, :1])), limit)
+    order = survivors.sort(dim=1, descending=True, stable=True).indices
+    room = (limit - share).gather(1, order)
+    missing = count - share.sum(1, keepdim=True)
+    given = torch.minimum((missing - (room.cumsum(1) - room)).clamp(min=0), room)
+    return share + torch.zeros_like(share).scatter(1, order, given)

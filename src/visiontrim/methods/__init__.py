@@ -5,6 +5,7 @@ from visiontrim.methods.controls import NoTrim, Random, Uniform
 from visiontrim.methods.dart import DART
 from visiontrim.methods.fastv import FastV
 from visiontrim.methods.ficoco import FiCoCoL
+from visiontrim.methods.parvts import ParVTS
 from visiontrim.methods.pyramiddrop import PyramidDrop
 from visiontrim.methods.sparsevlm import SparseVLM
 from visiontrim.methods.v2drop import V2Drop
@@ -16,6 +17,7 @@ __all__ = [
     "FastV",
     "FiCoCoL",
     "NoTrim",
+    "ParVTS",
     "PyramidDrop",
     "Random",
     "SparseVLM",

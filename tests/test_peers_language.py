@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tiny import Masked, both_attentions, close, every_batch, generate, hidden_p
 from visiontrim.core.budget import at_depths, mean_per_layer, spread
 from visiontrim.core.method import Method, Step
 from visiontrim.core.view import Sides, Text
+from visiontrim.methods.cascade import Cascade
 from visiontrim.methods.sparsevlm import raters
 from visiontrim.ops.recycle import density_peaks
 from visiontrim.ops.spreading import absorb
@@ -651,3 +654,26 @@ def test_a_mean_is_reached_on_any_depth(method):
     with vt.trim(model, method, keep=12) as run:
         model(**inputs)
     assert abs(run.report.mean - 12) <= 0.5
+
+
+# ------------------------------------------------------------------------------------------------ docs
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "papers-language.md").read_text()
+CALLS = re.findall(r"^\|[^`]*\| `([^`]+)` \| ([\d, .]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("call", "left", "per_layer"), CALLS)
+def test_the_settings_of_the_docs(call, left, per_layer):
+    method = vt.load_method(call)
+    sites = [step.site.index for step in method.steps()]
+    counts = left_by(method)
+    wanted = [int(count) for count in re.findall(r"\d+", left)]
+    ours = [counts[site] for site in sites]
+    assert (ours[:1] + ours[-1:] if "..." in left else ours) == wanted
+    assert mean(method) == pytest.approx(float(per_layer), abs=0.051)
+
+
+def test_the_docs_name_every_method_inside_the_language_model():
+    inside = {name for name, method in vt.list_methods().items() if issubclass(method, Cascade)}
+    assert {call.partition(":")[0] for call, *_ in CALLS} == inside

@@ -618,6 +618,19 @@ def test_a_batch_equals_its_samples_and_runs_repeat(method, attention):
 
 
 @no_grad
+@both_attentions
+@pytest.mark.parametrize("name", [name for name, method in SMALL.items() if "sparsevlm" != name != "ficoco-l"])
+def test_removal_equals_masking(name, attention):
+    """Of all that do not merge, at the original positions: prefill, and decoding on what is cached."""
+    inputs, model = prompts(*tiny.ROWS["batch"]), llava(attention)
+    with vt.trim(model, SMALL[name], positions="keep") as run:
+        ours = generate(model, inputs, max_new_tokens=3)
+    with Masked(model, inputs["attention_mask"], hidden_places(inputs, run.trace)):
+        reference = generate(model, inputs, max_new_tokens=3)
+    close(torch.stack(ours.logits), torch.stack(reference.logits))
+
+
+@no_grad
 @every_batch
 @every_method
 def test_cache_lengths_are_exact(method, rows):

@@ -53,32 +53,22 @@ class Spy(vt.Random):
 
 
 class Reference:
-    """Everything that the eager model with the same weights computes on the whole prompt, nothing removed."""
+    """What the eager model with the same weights computes on the whole prompt, nothing removed."""
 
     def __init__(self, inputs: dict[str, Tensor], **options) -> None:
-        model = llava("eager").model.language_model
-        shown: dict[str, list] = {"input": [], "query": [], "key": [], "rotary": []}
-        layers = model.layers
-        handles = []
-        for layer in layers:
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs: (
-                        shown["input"].append(args[0]),
-                        shown["rotary"].append(torch.cat(kwargs["position_embeddings"], -1)),
-                        None,
-                    )[-1],
-                    with_kwargs=True,
-                )
-            )
-        whole = llava("eager")
-        whole.model.language_model = model
-        output = whole(**inputs, output_attentions=True, **options)
-        for handle in handles:
-            handle.remove()
-        self.hidden, self.rotary = shown["input"], shown["rotary"]
-        self.attention = [attention.float() for attention in output.attentions]
-        self.model = model
+        model = llava("eager")
+        self.norm = model.model.language_model.norm
+        self.hidden: list[Tensor] = []
+        """What enters each decoder layer."""
+        self.rotary: list[Tensor] = []
+
+        def note(module, args, kwargs):
+            self.hidden.append(args[0])
+            self.rotary.append(torch.cat(kwargs["position_embeddings"], -1).expand(len(args[0]), -1, -1))
+
+        for layer in model.model.language_model.layers:
+            layer.register_forward_pre_hook(note, with_kwargs=True)
+        self.attention = model(**inputs, output_attentions=True, **options).attentions
 
 
 def images_of(inputs: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
@@ -121,10 +111,10 @@ def test_signals_are_those_of_the_eager_model(rows, attention):
         close(view.features[image], seen.hidden[LAYER][row, block])
         close(view.embeddings.tokens[image], seen.hidden[0][row, block])
         close(of_text(view, image, view.embeddings.text[image]), seen.hidden[0][row, text])
-        norm = seen.model.norm(seen.hidden[LAYER][row])
+        norm = seen.norm(seen.hidden[LAYER][row])
         close(view.normed.tokens[image], norm[block])
         close(of_text(view, image, view.normed.text[image]), norm[text])
-        rotary = seen.rotary[LAYER].expand(len(inputs["input_ids"]), -1, -1)[row]
+        rotary = seen.rotary[LAYER][row]
         close(view.rotary.tokens[image], rotary[block])
         close(of_text(view, image, view.rotary.text[image]), rotary[text])
 
@@ -159,16 +149,14 @@ def test_after_an_earlier_stage_only_survivors_are_seen(rows):
     hidden = tiny.hidden_places(inputs, run.trace)
     reference = llava("eager")
     with tiny.Masked(reference, inputs["attention_mask"], {1: hidden[1]}):
-        seen = Reference.__new__(Reference)
-        output = reference(**inputs, output_attentions=True)
-    seen.attention = output.attentions
+        maps = reference(**inputs, output_attentions=True).attentions
     (view,) = second.seen
     for image, (row, block) in enumerate(images_of(inputs)):
         left = block[run.trace.images[image].stages[0].index]
         text = text_after(inputs, row, block)
-        close(view.last_attention[image], seen.attention[2][row, :, -1, left].mean(0), 1e-5)
-        close(view.next_attention[image], seen.attention[3][row, :, -1, left].mean(0), 1e-5)
-        close(view.text_attention[image][:, view.text.mask[image]], seen.attention[2][row][:, text][:, :, left], 1e-5)
+        close(view.last_attention[image], maps[2][row, :, -1, left].mean(0), 1e-5)
+        close(view.next_attention[image], maps[3][row, :, -1, left].mean(0), 1e-5)
+        close(view.text_attention[image][:, view.text.mask[image]], maps[2][row][:, text][:, :, left], 1e-5)
         assert view.embeddings.tokens.shape[1] == tiny.PATCHES, "the embeddings are those of all that entered"
         assert int(view.text.mask[image].sum()) == len(text)
 
@@ -184,12 +172,9 @@ def test_after_the_vision_stage_the_embeddings_are_those_that_entered():
     assert view.embeddings.tokens.shape[1] == 9
     assert torch.isfinite(view.embeddings.tokens).all()
     for image in range(len(view.features)):
-        row = run.trace.images[image].sample
-        text = entered[0][row, -int(view.text.mask[image].sum()) :] if image != 1 else None
-        if text is not None:
-            close(of_text(view, image, view.embeddings.text[image]), text, 0.0)
-        known = (view.embeddings.tokens[image][:, None] == entered[0][row][None]).all(-1)
-        assert known.any(1).all()
+        states = entered[0][run.trace.images[image].sample]
+        for side in (view.embeddings.tokens[image], of_text(view, image, view.embeddings.text[image])):
+            assert (side[:, None] == states[None]).all(-1).any(1).all(), "each is one of those that entered"
 
 
 @both_attentions

@@ -197,7 +197,8 @@ def show_methods(as_json: Json = False) -> None:
     for row in rows:
         options = ", ".join(f"{option}={default}" for option, default in row["options"].items())
         flags = ["yes" if row[flag] else "" for flag in ("text_aware", "merges")]
-        table.add_row(row["name"], ", ".join(row["stages"]), *flags, options, row["summary"], row["paper"])
+        stages = row["stages"] if len(row["stages"]) <= 4 else [row["stages"][0], "...", row["stages"][-1]]
+        table.add_row(row["name"], ", ".join(stages), *flags, options, row["summary"], row["paper"])
     _console().print(table)
 
 

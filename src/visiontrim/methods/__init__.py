@@ -11,6 +11,7 @@ from visiontrim.methods.fastv import FastV
 from visiontrim.methods.ficoco import FiCoCoL
 from visiontrim.methods.hiprune import HiPrune
 from visiontrim.methods.mmtok import MMTok
+from visiontrim.methods.parvts import ParVTS
 from visiontrim.methods.prumerge import PruMerge, PruMergePlus
 from visiontrim.methods.prunesid import PruneSID
 from visiontrim.methods.pyramiddrop import PyramidDrop
@@ -33,6 +34,7 @@ __all__ = [
     "HiPrune",
     "MMTok",
     "NoTrim",
+    "ParVTS",
     "PruMerge",
     "PruMergePlus",
     "PruneSID",

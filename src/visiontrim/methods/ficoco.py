@@ -23,6 +23,7 @@ without dividing, counts prompt tokens as vision tokens, and drops at most 21 to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,7 +108,7 @@ class FiCoCoL(Cascade):
             least = view.entered - (view.entered - 1) * (steps + 1) / (2 * view.num_layers)
             raise TrimError(
                 f"a mean of {mean} vision tokens per layer cannot be reached by dropping equally many before each of "
-                f"the layers {layers[0]} to {layers[-1]}: raise keep to {least:.0f}, or start earlier"
+                f"the layers {layers[0]} to {layers[-1]}: raise keep to {math.ceil(least)}, or start earlier"
             )
         return min(arriving, int(view.entered - rate * (number + 1) + 0.5))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import families
 import visiontrim as vt
 from families import CONFIGS, Prompts, hidden_places
 from tiny import Masked, close, generate
-from visiontrim.models import family_of
+from visiontrim.cli import show_models
+from visiontrim.models import family_of, list_families
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -140,3 +143,58 @@ def test_images_and_videos_in_one_prompt(name):
     for a, b in zip(ours.logits, reference.logits, strict=True):
         close(a, b, 2e-5)
     assert run.report.images == 2
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "mistral3"])
+def test_a_later_turn_selects_anew_without_encoding_again(name):
+    model, inputs = model_of(name), Prompts(name, (3, "image", 5)).batch()
+    calls = []
+    handle = family_of(model).attentions("image")[0].register_forward_hook(lambda *_: calls.append(1))
+    with vt.trim(model, "visiontrim", keep=0.5):
+        reference = generate(model, inputs)
+    encoded = len(calls)
+    with vt.trim(model, "visiontrim", keep=0.5, remember=1) as run:
+        first = generate(model, inputs)
+        kept = run.trace.images[0].stages[0].index
+        again = generate(model, inputs)
+    handle.remove()
+    assert len(calls) == 2 * encoded  # of three runs, two encoded
+    assert run.trace.images[0].stages[0].index.equal(kept)
+    for ours in (first, again):
+        assert all(a.equal(b) for a, b in zip(ours.logits, reference.logits, strict=True))
+    other = inputs | {"pixel_values": inputs["pixel_values"] + 1.0}
+    with vt.trim(model, "visiontrim", keep=0.5, remember=1):
+        generate(model, inputs)
+        ours = generate(model, other)
+    with vt.trim(model, "visiontrim", keep=0.5):
+        reference = generate(model, other)
+    assert ours.logits[0].equal(reference.logits[0])
+
+
+def test_long_inputs_make_no_attention_map():
+    path = Path(__file__).parent.parent / "benchmarks" / "long.py"
+    spec = importlib.util.spec_from_file_location("long", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    largest = module.largest(tokens=2500, keep=64)
+    assert largest["vision_tokens"] == 2500
+    assert largest["visiontrim"] <= 2**24 < largest["attention_map"] / 5
+
+
+def test_the_table_of_the_docs_is_what_the_families_say(capsys):
+    show_models(markdown=True)
+    table = capsys.readouterr().out
+    assert table in (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+
+
+def test_every_cell_of_the_table_was_run():
+    """Stages, batches and several images: the matrix above; video: WITH_VIDEO; turns: test_turns."""
+    names = {model_of(name).config.model_type for name in CONFIGS}
+    assert names == set(list_families())
+    for name, cls in list_families().items():
+        assert cls.video == (name in WITH_VIDEO)
+        assert cls.supports()["language_stage"]
+    towers = {name for name in CONFIGS if family_of(model_of(name)).vision_width is not None}
+    assert {name for name, cls in list_families().items() if cls.text_tower} == towers - {"pixtral"}

@@ -113,3 +113,11 @@ def test_compact_positions_continue_consecutively(plan):
     for layer, steps in seen.items():
         width = run.trace.widths[layer]
         assert steps == [list(range(width)), [width], [width + 1]]
+
+
+def test_a_cache_with_other_stages_is_refused():
+    model, inputs = llava(), prompts((3, "image", 5))
+    with vt.trim(model, vt.Random(keep=5, layer=2)):
+        cache = generate(model, inputs).past_key_values
+    with vt.trim(model, vt.Random(keep=5, layer=3)), pytest.raises(vt.TrimError, match="layer 2 of the cache lacks 11"):
+        model(input_ids=torch.tensor([[20, 21]]), past_key_values=cache)

@@ -37,6 +37,7 @@ def trim(
     processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
     positions: Positions | None = None,
     per: Per = "image",
+    remember: int = 0,
     clock: Clock | None = None,
 ) -> Run:
     """Compress the vision tokens of ``model`` while the returned run is open.
@@ -58,9 +59,12 @@ def trim(
         processor: the model's processor. Its tokenizer reads the question when there is no text tower, and
             ``run.picture`` learns from it which part of an image the model sees.
         positions: position ids of survivors: ``"keep"`` (their own) or ``"compact"`` (consecutive); None takes the
-            method's rule.
+            method's rule, or ``"keep"`` where the model's positions are several numbers each (Qwen).
         per: what a number of tokens is meant for: a whole ``"image"`` (with all its tiles; a whole video), each
             ``"tile"`` of an anyres image, or each ``"frame"`` of a video.
+        remember: how many calls of the vision encoder keep their output on the host. A prompt with the same images,
+            such as the whole conversation with a further question, is then trimmed anew without encoding again. The
+            price is the prefill of the conversation, and the encoder's hidden states in host memory.
         clock: times the method's own work, see :class:`visiontrim.measure.Clock`.
 
     Raises:
@@ -71,7 +75,9 @@ def trim(
         raise TrimError(f"positions={positions!r}: choose 'keep' or 'compact'")
     if per not in get_args(Per):
         raise TrimError(f"per={per!r}: choose from {', '.join(map(repr, get_args(Per)))}")
-    return Run(model, chosen, question, text_tower, processor, positions, per, clock)
+    if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
+        raise TrimError(f"remember={remember!r}: give the number of calls of the encoder to remember, 0 for none")
+    return Run(model, chosen, question, text_tower, processor, positions, per, remember, clock)
 
 
 class Run:
@@ -89,6 +95,7 @@ class Run:
         processor: ProcessorMixin | PreTrainedTokenizerBase | None,
         positions: Positions | None,
         per: Per,
+        remember: int,
         clock: Clock | None,
     ) -> None:
         self.model = model
@@ -102,9 +109,8 @@ class Run:
                 "processor="
             )
         self._questions = Questions(guidance, _words(self._family, processor), question)
-        self._session = Session(
-            self._family, method, positions or method.positions, per, self._questions, self._finish, clock
-        )
+        rule = positions or ("keep" if self._family.mrope else method.positions)
+        self._session = Session(self._family, method, rule, per, remember, self._questions, self._finish, clock)
         self._trace: Trace | None = None
         self._attached = False
 

@@ -75,6 +75,7 @@ class LanguageStage:
         trimmed = cache is not None and any(trimmed_layer(cache, index) for index in range(len(cache.layers)))
         if call is None and not trimmed:
             return None
+        self._check_stages(cache)
         forward = self._session.forward = self._forward(call, cache, kwargs)
         first = trimmed_layer(cache, 0)
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
@@ -84,6 +85,19 @@ class LanguageStage:
             if first.shift is not None:
                 kwargs["position_ids"] = forward.positions - first.shift[:, None]
         return args, kwargs
+
+    def _check_stages(self, cache: Cache | None) -> None:
+        """Refuse a cache that lost tokens where no stage of this run begins: one mask serves a whole stage."""
+        before = 0
+        for index in range(len(self._model.layers)):
+            layer = trimmed_layer(cache, index)
+            removed = 0 if layer is None else layer.removed
+            if removed != before and index not in self._steps and index:
+                raise TrimError(
+                    f"decoder layer {index} of the cache lacks {removed} tokens and the one before it {before}, but no "
+                    "stage of this run stands between them: continue the conversation with the method that began it"
+                )
+            before = removed
 
     def _forward(self, call: Call | None, cache: Cache | None, kwargs: dict[str, Any]) -> Forward:
         """The state of a pass, once it is clear that it can work."""

@@ -34,6 +34,7 @@ class Session:
         method: what to do.
         positions: position ids of survivors.
         per: what a number of tokens is meant for.
+        remember: calls of the encoder whose output is kept on the host.
         questions: for guidance by text.
         finish: called with the trace of every prefill that held images.
         clock: times the method's own work under the name "method".
@@ -45,6 +46,7 @@ class Session:
         method: Method,
         positions: Positions,
         per: Per,
+        remember: int,
         questions: Questions,
         finish: Callable[[Trace], None],
         clock: Clock | None = None,
@@ -58,7 +60,7 @@ class Session:
         vision, language = _by_site(method, len(family.language_model.layers))
         _check_layers(family)
         self._stages = (
-            VisionStage(family, vision, per, questions, self),
+            VisionStage(family, vision, per, remember, questions, self),
             LanguageStage(family, language, positions, self),
         )
         self._removers: list = []

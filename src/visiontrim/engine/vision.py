@@ -17,6 +17,7 @@ from visiontrim.core.method import Step
 from visiontrim.core.view import Signal, SignalName, View
 from visiontrim.engine.call import Call, Encoding, Group, Part, Selected
 from visiontrim.engine.guidance import Questions
+from visiontrim.engine.memory import Memory
 from visiontrim.engine.pack import mark_empty, to_slots
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.replaced import Replaced
@@ -39,10 +40,13 @@ class VisionStage:
     features. Without a step it only notes which images of which grid were encoded.
     """
 
-    def __init__(self, family: Family, step: Step | None, per: str, questions: Questions, session: Session) -> None:
+    def __init__(
+        self, family: Family, step: Step | None, per: str, remember: int, questions: Questions, session: Session
+    ) -> None:
         self._family = family
         self._step = step
         self._per = per
+        self._memory = Memory(remember) if remember else None
         self._needs: frozenset[Signal] = step.needs if step is not None else frozenset()
         self._questions = questions
         self._session = session
@@ -57,6 +61,9 @@ class VisionStage:
             removers.append(family.projector.register_forward_hook(self._after_projector))
         if "joint_last" in self._needs:
             removers.append(family.encoder("image").register_forward_hook(self._after_encoder))
+        if self._memory is not None:
+            for encoder in {family.encoder(kind) for kind in family.kinds}:
+                removers.append(Replaced(encoder, "forward", functools.partial(self._remember, self._memory)))
         for module, signals in self._to_hear().items():
             removers.append(AttentionProbe(module, functools.partial(self._hear, signals)))
         return removers
@@ -104,6 +111,12 @@ class VisionStage:
             features = mark_empty(features, encoding.selected.blank)
             output.pooler_output = features.view_as(parts) if isinstance(parts, Tensor) else features.split(lengths)
         return output
+
+    def _remember(self, memory: Memory, encode: Callable, *args, **kwargs):
+        call: Call | None = self._session.call
+        if call is None or call.encoding is None:
+            return encode(*args, **kwargs)
+        return memory.encode(encode, call.encoding.heard, args, kwargs)
 
     def _before_projector(self, module, args):
         call: Call | None = self._session.call

@@ -43,6 +43,8 @@ class Family(ABC):
     """Whether the model takes videos as such."""
     text_tower: ClassVar[bool] = False
     """Whether tokens are selected in the space of a CLIP encoder, where a CLIP text tower can guide."""
+    mrope: ClassVar[bool] = False
+    """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
     adjoining: ClassVar[bool] = False

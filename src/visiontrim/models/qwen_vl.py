@@ -21,6 +21,7 @@ class QwenVL(Family):
     scores = "attention received, mean over each merged unit"
     unit = "image, video, or frame"
     video = True
+    mrope = True
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.visual

@@ -46,16 +46,17 @@ def attention_received(
     key: Float[Tensor, "batch kv_heads tokens dim"],
     *,
     scaling: float | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
     skip: int = 1,
 ) -> Float[Tensor, "batch patches"]:
     """Mean attention that each patch of a vision encoder receives from the *other* patches, mean over heads, float32.
 
     The first ``skip`` tokens are special ones ([CLS], registers): they take part in the softmax, but give and receive
     nothing here. What a patch gives to itself is left out, and the divisor is the number of other patches.
-    Holds the rows of ``chunk`` queries at a time.
+    Holds the rows of ``chunk`` queries at a time; None: as many as make 2^24 probabilities, 64 MB.
     """
     tokens = query.shape[2]
+    chunk = chunk or _rows_at_a_time(query)
     received = query.new_zeros(len(query), tokens - skip, dtype=torch.float32)
     for start in range(skip, tokens, chunk):
         probabilities = _logits(query[:, :, start : start + chunk], key, scaling).softmax(-1)
@@ -69,20 +70,27 @@ def attention_columns(
     key: Float[Tensor, "batch kv_heads tokens dim"],
     *,
     scaling: float | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
     skip: int = 1,
 ) -> Float[Tensor, "batch patches"]:
     """Mean attention that each patch receives from all tokens, itself and special ones included, mean over heads.
 
     The column means of the attention map, without the columns of the first ``skip`` tokens; float32. Holds the rows of
-    ``chunk`` queries at a time.
+    ``chunk`` queries at a time; None: as many as make 2^24 probabilities, 64 MB.
     """
     tokens = query.shape[2]
+    chunk = chunk or _rows_at_a_time(query)
     received = query.new_zeros(len(query), tokens - skip, dtype=torch.float32)
     for start in range(0, tokens, chunk):
         probabilities = _logits(query[:, :, start : start + chunk], key, scaling).softmax(-1)
         received += probabilities[..., skip:].mean(1).sum(1)
     return received / tokens
+
+
+def _rows_at_a_time(query: Float[Tensor, "batch heads tokens dim"]) -> int:
+    """Queries whose attention to all tokens is 2^24 probabilities, 64 MB."""
+    batch, heads, tokens, _ = query.shape
+    return max(1, 2**24 // (batch * heads * tokens))
 
 
 def _logits(

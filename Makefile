@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test table bench matrix clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   answer a question about a bundled picture with 64 of 576 vision tokens, offline"
 	@echo "make test   ruff, pyright and pytest"
+	@echo "make table  score every method on the bundled questions, 25 minutes, into docs/results/table"
 	@echo "make bench  time the selection, and the bundled model with and without it"
+	@echo "make matrix test the families on three releases of transformers, and with optional packages"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -33,9 +35,16 @@ test: $(VENV)/.tests
 	$(BIN)/pyright
 	$(BIN)/pytest
 
+table: $(VENV)/.runs
+	$(BIN)/visiontrim eval --methods all --keep 192,128,64,32 --minutes 25 --threads 1 --out docs/results/table
+
 bench: $(VENV)/.runs
 	$(BIN)/python benchmarks/ltam.py
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/selection.py
+	$(BIN)/visiontrim bench --keep 64 --batch 1 --batch 8 --answer 16
+
+matrix: | $(BIN)/python
+	$(BIN)/python tests/matrix.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .pytest_cache .ruff_cache .hypothesis

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import Tensor
 
 from visiontrim.core.method import VisionOutput
@@ -53,8 +55,12 @@ CLIP = _vision("clip_vision_model", projection_dim=24)
 SIGLIP = _vision("siglip_vision_model", vision_use_head=False)
 PIXTRAL = _vision("pixtral", head_dim=8, image_size=112)
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 QWEN_VISION = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+BIDIRECTIONAL = ("paligemma", "paligemma2", "gemma3")
+WITH_GRIDS = ("qwen", "glm")
+OLD = Version(hf.__version__) < Version("5.19")
 QWEN_TOKENS = TOKENS | {"vision_start_token_id": START, "vision_end_token_id": END}
 
 
@@ -78,6 +84,27 @@ def _qwen3_vl() -> Any:
     return hf.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_TOKENS)
 
 
+def _qwen3_vl_moe() -> Any:
+    config = _qwen3_vl().to_dict()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    text = _text(hf.Qwen3VLMoeTextConfig, head_dim=16, rope_parameters=config["text_config"]["rope_parameters"])
+    vision = config["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
+    return hf.Qwen3VLMoeConfig(text_config=text | experts, vision_config=vision, **QWEN_TOKENS)
+
+
+def _glm(config: Any, text: Any, **options) -> Any:
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "image_size": 56}
+    rope = MROPE | {"partial_rotary_factor": 1.0}
+    ends = {"image_start_token_id": START, "image_end_token_id": END}
+    ends |= {"video_start_token_id": 7, "video_end_token_id": 8}
+    return config(
+        vision_config=vision | QWEN_VISION, text_config=_text(text, rope_parameters=rope, **options), **TOKENS, **ends
+    )
+
+
+GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+GLM_EXPERTS |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 16}
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llava": lambda: hf.LlavaConfig(vision_config=CLIP, text_config=_text(), image_token_id=IMAGE),
     "pixtral": lambda: hf.LlavaConfig(
@@ -100,6 +127,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "glm4v": lambda: _glm(hf.Glm4vConfig, hf.Glm4vTextConfig),
+    "glm46v": lambda: _glm(hf.Glm46VConfig, hf.Glm4vTextConfig),
+    "glm4v_moe": lambda: _glm(hf.Glm4vMoeConfig, hf.Glm4vMoeTextConfig, **GLM_EXPERTS),
+    "glm_ocr": lambda: _glm(hf.GlmOcrConfig, hf.GlmOcrTextConfig, head_dim=16),
     "internvl": lambda: hf.InternVLConfig(
         vision_config=_vision("internvl_vision", image_size=[56, 56], patch_size=[14, 14]),
         text_config=_text(hf.Qwen2Config),
@@ -112,6 +144,26 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "smolvlm": lambda: hf.SmolVLMConfig(
         vision_config=_vision("smolvlm_vision"), text_config=_text(), image_token_id=IMAGE, scale_factor=2
     ),
+    "paligemma": lambda: hf.PaliGemmaConfig(
+        vision_config=SIGLIP,
+        text_config=_text(hf.GemmaConfig, head_dim=16),
+        image_token_id=IMAGE,
+        projection_dim=64,
+        hidden_size=64,
+    ),
+    "paligemma2": lambda: hf.PaliGemmaConfig(
+        vision_config=SIGLIP,
+        text_config=_text(hf.Gemma2Config, head_dim=16, sliding_window=64),
+        image_token_id=IMAGE,
+        projection_dim=64,
+        hidden_size=64,
+    ),
+    "gemma3": lambda: hf.Gemma3Config(
+        vision_config=SIGLIP,
+        text_config=_text(hf.Gemma3TextConfig, head_dim=16, sliding_window=64, layer_types=GEMMA3_LAYERS),
+        image_token_id=IMAGE,
+        mm_tokens_per_image=4,
+    ),
     "mistral3": lambda: hf.Mistral3Config(
         vision_config=PIXTRAL,
         text_config=_text(hf.MistralConfig, sliding_window=None, head_dim=16),
@@ -121,11 +173,66 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+GENERIC: dict[str, Callable[[], Any]] = {
+    "aya_vision": lambda: hf.AyaVisionConfig(
+        vision_config=SIGLIP,
+        text_config=_text(hf.Cohere2Config, sliding_window=64),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        vision_feature_layer=-1,
+        alignment_intermediate_size=64,
+    ),
+    "cohere2_vision": lambda: hf.Cohere2VisionConfig(
+        vision_config=SIGLIP,
+        text_config=_text(hf.Cohere2Config, sliding_window=64),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        alignment_intermediate_size=64,
+    ),
+    "deepseek_vl": lambda: hf.DeepseekVLConfig(vision_config=SIGLIP, text_config=_text(), image_token_id=IMAGE),
+    "janus": lambda: hf.JanusConfig(
+        vision_config=_vision("janus_vision_model", projection_dim=64, depth=2),
+        text_config=_text(),
+        image_token_id=IMAGE,
+    ),
+    "lfm2_vl": lambda: hf.Lfm2VlConfig(
+        vision_config=_vision("siglip2_vision_model", num_patches=16, vision_use_head=False),
+        text_config=_text(),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+    ),
+    "lighton_ocr": lambda: hf.LightOnOcrConfig(
+        vision_config=PIXTRAL,
+        text_config=_text(hf.Qwen3Config, head_dim=16),
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+    ),
+    "ovis2": lambda: hf.Ovis2Config(
+        vision_config=_vision("ovis2_vision", num_visual_indicator_tokens=5, vocab_size=50, hidden_stride=2),
+        text_config=_text(hf.Qwen2Config),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[11, 12, 13, 14, 15],
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+    ),
+    "qianfan_ocr": lambda: hf.QianfanOCRConfig(
+        vision_config=_vision("qianfan_ocr_vision", image_size=[56, 56], patch_size=[14, 14]),
+        text_config=_text(hf.Qwen3Config, head_dim=16),
+        image_token_id=IMAGE,
+    ),
+    "vipllava": lambda: hf.VipLlavaConfig(
+        vision_config=CLIP, text_config=_text(), image_token_id=IMAGE, vision_feature_layers=[-2, -1]
+    ),
+}
+"""Model types that no file has facts about."""
+
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     """A random model of the family, with weights large enough that attention is not flat."""
     torch.manual_seed(0)
-    model = hf.AutoModelForImageTextToText.from_config(CONFIGS[name](), attn_implementation=attention)
+    if name == "paligemma2":  # Gemma 2 caps its scores, which sdpa cannot
+        attention = {"": attention, "text_config": "eager"}  # type: ignore[assignment]
+    model = hf.AutoModelForImageTextToText.from_config((CONFIGS | GENERIC)[name](), attn_implementation=attention)
     model = model.eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -153,12 +260,12 @@ def _visual(name: str, kind: str, number: int, generator: torch.Generator) -> Vi
 
     token = IMAGE if kind == "image" else VIDEO
     even = number % 2 == 0
-    if name.startswith("qwen"):
+    if name.startswith(WITH_GRIDS):
         grid = (1, 8, 8 if even else 4) if kind == "image" else (FRAMES, 8, 4)
         patches = grid[0] * grid[1] * grid[2]
         key = "pixel_values" if kind == "image" else "pixel_values_videos"
         pixels = {key: noise(patches, 14 * 14 * 3 * 2), f"{kind}_grid_thw": torch.tensor([grid])}
-        if name == "qwen3_vl" and kind == "video":  # frames with their time stamps as text between them
+        if name.startswith("qwen3_vl") and kind == "video":  # frames with their time stamps as text between them
             frame = [START, *[token] * (patches // 4 // FRAMES), END]
             return Visual(pixels, torch.tensor([10, *frame, 11, *frame]))
         return Visual(pixels, torch.tensor([START, *[token] * (patches // 4), END]))
@@ -170,16 +277,24 @@ def _visual(name: str, kind: str, number: int, generator: torch.Generator) -> Vi
         size, tiles, tokens = ((112, 112), 5, 16 + 8 * 9) if even else ((56, 112), 3, 16 + 4 * 9)
         pixels = torch.nn.functional.pad(noise(1, tiles, 3, 56, 56), (0, 0, 0, 0, 0, 0, 0, 5 - tiles))
         return Visual({"pixel_values": pixels, "image_sizes": torch.tensor([size])}, torch.full((tokens,), token))
-    if name in ("pixtral", "mistral3"):
+    if name in ("pixtral", "mistral3", "lighton_ocr"):
         height, width = (56, 56) if even else (112, 56)
         pixels = torch.nn.functional.pad(noise(1, 3, height, width), (0, 0, 0, 112 - height))
-        tokens = height // 14 * (width // 14) // (4 if name == "mistral3" else 1)
+        tokens = height // 14 * (width // 14) // (1 if name == "pixtral" else 4)
         sizes = {"image_sizes": torch.tensor([[height, width]])}
         return Visual({"pixel_values": pixels} | sizes, torch.full((tokens,), token))
     if name == "internvl":  # one or two tiles
         tiles = 2 if even else 1
         return Visual({"pixel_values": noise(tiles, 3, 56, 56)}, torch.tensor([START, *[token] * (4 * tiles), END]))
-    tokens = 4 if name in ("idefics3", "smolvlm") else 16
+    if name == "video_llava" and "pixel_values_images" in signature(hf.VideoLlavaModel.forward).parameters:
+        return Visual({"pixel_values_images": noise(1, 3, 56, 56)}, torch.full((16,), token))
+    if name == "lfm2_vl":  # packs patches itself
+        pixels = {"pixel_values": noise(1, 16, 14 * 14 * 3), "spatial_shapes": torch.tensor([[4, 4]])}
+        pixels["pixel_attention_mask"] = torch.ones(1, 16, dtype=torch.long)
+        return Visual(pixels, torch.full((4,), token))
+    tokens = (
+        4 if name in ("idefics3", "smolvlm", "gemma3", "aya_vision", "cohere2_vision", "ovis2", "qianfan_ocr") else 16
+    )
     return Visual({"pixel_values": noise(1, 3, 56, 56)}, torch.full((tokens,), token))
 
 
@@ -212,8 +327,12 @@ class Prompts:
         visuals = [visual for _, row in rows for visual in row]
         for key in dict.fromkeys(key for visual in visuals for key in visual.pixels):
             inputs[key] = torch.cat([visual.pixels[key] for visual in visuals if key in visual.pixels])
-        if self.name.startswith("qwen"):
+        if self.name.startswith(WITH_GRIDS):
             inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+        if self.name == "gemma3":
+            inputs["token_type_ids"] = (ids == IMAGE).long()
+        if self.name.startswith("paligemma"):
+            inputs["token_type_ids"] = torch.zeros_like(ids)  # all of it is prefix
         if self.name in ("idefics3", "smolvlm") and visuals:
             most = max(len(row) for _, row in rows)
             pixels = torch.zeros(len(rows), most, 3, 56, 56)

@@ -79,7 +79,7 @@ def test_json_is_one_object(cli, scene):
     assert (code, err) == (0, "")
     told = json.loads(out)
     assert out.count("\n") == 1
-    assert told["tokens"] == {"input": 576, "kept": 144, "per_layer": [144] * 5, "mean": 144.0}
+    assert told["tokens"] == {"input": 576, "kept": 144, "per_layer": [144] * 8, "mean": 144.0}
     assert told["method"] == {"method": "random", "keep": 0.25, "layer": None, "seed": 3}
     assert told["model"] == "bundled"
     assert told["trace"] == {"vision": {"dominant": 144, "complement": 0}}
@@ -294,8 +294,11 @@ def test_the_examples_keep_48_and_16_of_576(cli):
     code, out, _ = cli("ask", *pictures, question, "--keep", "64", "--json")
     told = json.loads(out)
     assert code == 0
-    assert told["tokens"] == {"input": 576, "kept": 64, "per_layer": [64] * 5, "mean": 64.0}
+    text_config = json.loads((zoo.MODEL_DIR / "config.json").read_text())["text_config"]
+    layers, heads = text_config["num_hidden_layers"], text_config["num_key_value_heads"]
+    per_layer = [64] * layers
+    assert told["tokens"] == {"input": 576, "kept": 64, "per_layer": per_layer, "mean": 64.0}
     assert told["trace"] == {"vision": {"dominant": 48, "complement": 16}}
     text = len(["<s>", "USER:", "what", "color", "is", "the", "star", "?", "ASSISTANT:"])
-    layers, heads, head_dim, size = 5, 3, 64, 4
+    head_dim, size = text_config["head_dim"], 4
     assert told["kv_bytes"] == 2 * layers * heads * head_dim * size * (text + 64 * len(pictures))

@@ -10,9 +10,12 @@ import torch
 import yaml
 from PIL import Image
 
+import families
 import visiontrim as vt
+from tiny import Masked, close, generate
 from visiontrim import zoo
 from visiontrim.core import registry
+from visiontrim.models import family
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,7 +57,7 @@ def test_the_methods_of_the_readme_are_all_methods():
 def test_the_method_of_the_contributing_guide(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.syspath_prepend(tmp_path)
-    (code,) = blocks(CONTRIBUTING, "python")
+    code, _ = blocks(CONTRIBUTING, "python")
     (tmp_path / "contributed_method.py").write_text(code)
     importlib.import_module("contributed_method")
     bundle = zoo.load()
@@ -65,6 +68,25 @@ def test_the_method_of_the_contributing_guide(tmp_path, monkeypatch):
     with torch.inference_mode(), vt.trim(bundle.model, "largest-norm", keep=32) as run:
         bundle.model(**inputs)
     assert run.report.kept_tokens == 32
+
+
+def test_the_family_of_the_contributing_guide(tmp_path, monkeypatch):
+    """It does on a tiny DeepSeek-VL what the generic facts cannot: attention ranks patches, which stand on a grid."""
+    monkeypatch.setattr(family, "_registered", dict(family.list_families()))
+    monkeypatch.syspath_prepend(tmp_path)
+    _, code = blocks(CONTRIBUTING, "python")
+    assert len(code.splitlines()) < 40
+    (tmp_path / "contributed_family.py").write_text(code)
+    importlib.import_module("contributed_family")
+    model, inputs = families.build("deepseek_vl"), families.Prompts("deepseek_vl", (3, "image", 5), (6,)).batch()
+    with torch.inference_mode():
+        with vt.trim(model, vt.VisionTrim(keep=8, guidance="none") | vt.Random(keep=4, layer=2)) as run:
+            ours = generate(model, inputs)
+        with Masked(model, inputs["attention_mask"], families.hidden_places("deepseek_vl", inputs, run.trace)):
+            reference = generate(model, inputs)
+    assert [image.grid for image in run.trace.images] == [(1, 4, 4)]
+    assert [len(stage.index) for stage in run.trace.images[0].stages] == [8, 4]
+    close(torch.stack(ours.logits), torch.stack(reference.logits), 2e-5)
 
 
 def test_links_lead_somewhere():

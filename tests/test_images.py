@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
 from visiontrim import images
 from visiontrim.core.errors import TrimError
-from visiontrim.images import as_seen, load_image
+from visiontrim.images import as_seen, downsample, load_image
+from visiontrim.zoo import load_qwen
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -356,3 +358,48 @@ def test_as_seen_keeps_the_whole_picture():
     assert as_seen(image, None) is image
     assert as_seen(image, SimpleNamespace(do_center_crop=False, crop_size=crop)) is image
     assert as_seen(image, SimpleNamespace(do_center_crop=True, image_grid_pinpoints=[[1, 1]], crop_size=crop)) is image
+
+
+@pytest.mark.parametrize(
+    ("size", "keep", "grid"),
+    [
+        ((192, 192), 100, (10, 10)),
+        ((192, 192), 0.5, (11, 11)),  # 121 of at most 128
+        ((216, 144), 90, (8, 11)),  # two thirds as high as wide asks for 7.7 rows
+        ((144, 216), 90, (11, 8)),
+        ((192, 192), 256, (16, 16)),
+    ],
+)
+def test_downsampling_gives_as_many_whole_cells_as_go(size, keep, grid):
+    processor = load_qwen().processor.image_processor
+    small = downsample(Image.radial_gradient("L").convert("RGB").resize(size), keep, processor)
+    assert small.size == (12 * grid[1], 12 * grid[0])
+    seen = processor(images=small, return_tensors="pt")
+    assert seen["image_grid_thw"].tolist() == [[1, 2 * grid[0], 2 * grid[1]]]
+    if keep == 256:  # all of them
+        whole = processor(images=Image.radial_gradient("L").convert("RGB").resize(size), return_tensors="pt")
+        assert torch.equal(seen["pixel_values"], whole["pixel_values"])
+
+
+def test_downsampling_stays_in_bounds():
+    """Every number of tokens: never more than asked for, less than a line of cells fewer, and much the same shape."""
+    cells = {"patch_size": 6, "merge_size": 2, "resample": Image.Resampling.BICUBIC}
+    processor = SimpleNamespace(**cells, get_number_of_image_patches=lambda h, w, _: (h // 12) * (w // 12) * 4)
+    for size in ((120, 120), (240, 48), (36, 240)):
+        own = size[0] * size[1] // 144
+        for keep in range(1, own + 1):
+            small = downsample(Image.new("RGB", size), keep, processor)
+            columns, rows = small.width // 12, small.height // 12
+            assert 0 <= keep - rows * columns < (rows if size[0] >= size[1] else columns)
+            assert keep * min(size) < 5 * max(size) or 0.6 < (columns * size[1]) / (rows * size[0]) < 1.6
+
+
+def test_what_cannot_be_downsampled_is_refused():
+    picture = Image.new("RGB", (192, 192))
+    processor = load_qwen().processor.image_processor
+    with pytest.raises(TrimError, match=r"84 x 84 pixels would be 49 .* makes 64 of it: set size\['shortest_edge'\]"):
+        downsample(picture, 50, processor)
+    with pytest.raises(TrimError, match="keep=300"):
+        downsample(picture, 300, processor)
+    with pytest.raises(TrimError, match=r"CLIPImageProcessor.*use the method avgpool"):
+        downsample(picture, 64, CLIPImageProcessor())

@@ -12,12 +12,13 @@ import visiontrim
 ROOT = Path(visiontrim.__file__).parent
 FLOORS = [
     {"core", "ops"},
-    {"methods", "models", "images", "picture"},
+    {"methods", "models", "images", "picture", "plotting"},
     {"engine", "report"},
     {"run"},
-    {"measure", "zoo"},
+    {"measure", "zoo", "calibrate"},
     {"ask"},
-    {"cli"},
+    {"evaluate", "analyze", "integrations"},
+    {"cli", "commands"},
 ]
 """From the ground up: a module imports from its own floor and the ones below; the package itself stands on top."""
 

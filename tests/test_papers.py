@@ -8,14 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from language import left_by, mean
 from peers import make_view
-from visiontrim.core.method import VisionOutput
+from visiontrim.core.budget import mean_per_layer
+from visiontrim.core.method import Layers, VisionOutput
 from visiontrim.core.registry import list_methods, load_method
 from visiontrim.core.view import View
+from visiontrim.methods.matching import Matching
 
 PAPERS = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()
-AT_THE_ENCODER = PAPERS[PAPERS.index("## At the vision encoder's output") :].split("\n## ")[0]
-ROWS = re.findall(r"^\| [^|]+ \| `([^`]+)` \| ([^|]+) \|(?: ([^|]+) \|)?$", AT_THE_ENCODER, re.MULTILINE)
+
+
+def rows(section: str, cells: str) -> list[tuple[str, ...]]:
+    """The calls of a section, with what stands in the cells after them."""
+    text = PAPERS[PAPERS.index(f"\n## {section}\n") + 1 :].split("\n## ")[0]
+    return re.findall(rf"^\| .+? \| `([^`]+)` \| {cells} \|$", text, re.MULTILINE)
+
+
+INSIDE = rows("Inside the vision encoder", r"(\d+|by image) \| (\d+|by image)")
+ROWS = rows("At the vision encoder's output", r"([^|]+?)(?: \| ([^|]+))?")
+VIDEOS = rows("Video", r"(\d+) x (\d+) x (\d+) \| (\d+)")
+LANGUAGE = rows("Inside the language model", r"([\d, .]+) \| ([\d.]+)")
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +59,65 @@ def test_calls_keep_what_the_page_says(call, count, parts, llava_image):
         assert parts == f"{entered - clusters} + {clusters}"
 
 
+def first_tokens(view: View, count: int, entered: int = 576) -> View:
+    """The first tokens of ``view``, without signals."""
+    return View(view.features[:, :count], view.coordinates[:, :count], view.grid, entered, view.num_layers)
+
+
+@pytest.mark.parametrize(("call", "tokens", "last"), INSIDE, ids=[row[0] for row in INSIDE])
+def test_calls_inside_the_encoder_leave_what_the_page_says(call, tokens, last, llava_image):
+    method = load_method(call)
+    steps = method.steps_for(Layers(encoder=23, decoder=32))
+    if isinstance(method, Matching):
+        left = 576
+        for number in range(1, len(steps) + 1):
+            left -= method.count(first_tokens(llava_image, left), number, len(steps))
+        assert (left, len(steps)) == (int(tokens), int(last))
+        return
+    first, *_, stage = steps
+    entered = first.select(llava_image).index.shape[1]
+    if tokens == "by image":
+        assert entered < 576
+        assert (576 - entered) % 8 == 0  # windows of nine became one token
+        return
+    assert entered == int(tokens)
+    counts = [entered]
+    for number in range(len(stage.layers)):
+        now = first_tokens(llava_image, counts[-1], entered)
+        counts.append(method.count(now, number, stage.layers))
+    assert abs(mean_per_layer(entered, stage.layers, counts[1:], 32) - int(last)) <= 0.5
+
+
+@pytest.mark.parametrize(("call", "left", "per_layer"), LANGUAGE, ids=[row[0] for row in LANGUAGE])
+def test_calls_inside_the_language_model_leave_what_the_page_says(call, left, per_layer):
+    method = load_method(call)
+    sites = [step.site.index for step in method.steps()]
+    counts = left_by(method)
+    wanted = [int(count) for count in re.findall(r"\d+", left)]
+    ours = [counts[site] for site in sites]
+    assert (ours[:1] + ours[-1:] if "..." in left else ours) == wanted
+    assert mean(method) == pytest.approx(float(per_layer), abs=0.051)
+
+
+@pytest.mark.parametrize(("call", "frames", "height", "width", "count"), VIDEOS, ids=[row[0] for row in VIDEOS])
+def test_calls_for_videos_keep_what_the_page_says(call, frames, height, width, count):
+    view = make_view(grid=(int(frames), int(height), int(width)), batch=1)
+    first, *later = load_method(call.replace("\\|", "|")).steps()
+    assert first.select(view).index.shape == (1, int(count))
+    assert len(later) == call.count("|")
+
+
 def test_no_paper_is_forgotten():
-    """Every method of the page is known, and those of the encoder's output are all there."""
-    written = {call.split(":")[0] for call, _, _ in ROWS}
+    """Every method of the page is known, and every published method is on it or has a page of its own."""
+    written = {re.split("[: ]", call)[0] for call, *_ in INSIDE + ROWS + VIDEOS + LANGUAGE}
     methods = list_methods()
     assert written <= set(methods)
-    at_the_encoder = {
-        name
-        for name, cls in methods.items()
-        if cls.paper != "control" and cls().steps() and cls().steps()[0].site == VisionOutput()
+    published = {name for name, method in methods.items() if method.paper != "control"}
+    assert published - written <= {"visiontrim", "luvc"}
+
+
+def test_links_lead_to_sections():
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall("^#+ (.+)$", PAPERS, re.M)
     }
-    assert at_the_encoder - written <= {"visiontrim"}
+    assert set(re.findall(r"\]\(#([^)]+)\)", PAPERS)) <= headings

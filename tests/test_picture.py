@@ -167,7 +167,6 @@ def test_long_videos_wrap():
         (trace_of((1, 2, 4), INDEX, ASSIGNMENT, COMPLEMENT), "12 tokens and 4 survivors, but its grid .* holds 8"),
         (trace_of((1, 3, 4), [0, 3, 5, 12], ASSIGNMENT, COMPLEMENT), "index .* from 0 to 12"),
         (trace_of((1, 3, 4), INDEX[:3], ASSIGNMENT, COMPLEMENT[:3]), "assignment .* from -1 to 3"),
-        (trace_of((1, 3, 4), [], [-1] * 12, []), "0 survivors"),
         (trace_of((2, 3, 2), INDEX, ASSIGNMENT, COMPLEMENT), "2 frames but 1 pictures"),
     ],
 )

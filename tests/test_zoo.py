@@ -1,12 +1,12 @@
 """The bundled model, its scenes and its questions."""
 
 import hashlib
+import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, LlavaProcessor
 
 from visiontrim.core.errors import TrimError
@@ -24,12 +24,15 @@ from visiontrim.zoo import (
     load,
     normalise,
 )
+from visiontrim.zoo.phrases import phrase_scores
 from visiontrim.zoo.questions import CHARACTERS, PRESENCE, WORDS
-from visiontrim.zoo.scenes import COLORS, GRID, KINDS, PATCH
+from visiontrim.zoo.scenes import COLORS, DENSE, GRID, HARD, KINDS, PATCH, STANDARD, WORLDS
+from visiontrim.zoo.suite import SPLITS, digest
+from visiontrim.zoo.video import MOTION_TYPES, draw_video
 
 WEIGHTS = {
-    MODEL_DIR: "46562c38368a22063f4e3c73ee868eaf1e1503cca140113f7a4551ec34466273",
-    CLIP_DIR: "6bb8bd7715bdef5ee9fa6633e8d58acd07042b0c9d2824ae55196760876d0e2a",
+    MODEL_DIR: "13836608eadd2c40c068053ee904a4584027ec339cb717a43c8bd0e25ca12ce3",
+    CLIP_DIR: "0b3d758a308d4aea60f3cca8d4ba8a8699463a6260adad4b1eeaeebb05e775f9",
 }
 
 
@@ -108,7 +111,9 @@ def test_normalise(typed, expected):
     assert normalise(typed) == expected
 
 
-@pytest.mark.parametrize("typed", ["What is on the table?", "what is <image> ?", "what color is the k?", "", " ? "])
+@pytest.mark.parametrize(
+    "typed", ["What is on the table?", "what is <image> ?", "what color is the k?", "what moved?", "", " ? "]
+)
 def test_normalise_refuses_what_the_model_cannot_read(typed):
     with pytest.raises(TrimError, match="what color is the star"):
         normalise(typed)
@@ -131,9 +136,10 @@ def test_scene_is_deterministic():
     assert draw_scene(8).image.tobytes() != image.tobytes()
 
 
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
 @pytest.mark.parametrize("seed", range(20))
-def test_patch_owner_agrees_with_objects(seed):
-    scene = draw_scene(seed)
+def test_patch_owner_agrees_with_objects(seed, world):
+    scene = draw_scene(seed, world)
     assert scene.patch_owner.shape == (GRID**2,)
     assert np.issubdtype(scene.patch_owner.dtype, np.integer)
     assert set(scene.patch_owner) == set(range(len(scene.objects) + 1))
@@ -154,6 +160,50 @@ def test_objects_come_from_the_closed_sets():
             assert obj.value is None or obj.value in CHARACTERS
 
 
+@pytest.mark.parametrize(("world", "number", "radius"), [(HARD, 9, 7.5), (DENSE, 16, 6)], ids=["hard", "dense"])
+def test_hard_scenes_hold_more_and_smaller_objects(world, number, radius):
+    easy, hard = ([draw_scene(seed, drawn).objects for seed in range(40)] for drawn in (STANDARD, world))
+    assert max(map(len, easy)) <= 9 <= number <= np.mean([len(objects) for objects in hard])
+    assert max(obj.radius for objects in hard for obj in objects) <= radius
+    alike = [
+        any(a.kind == b.kind and a.color != b.color for a in objects for b in objects)
+        and any(a.kind != b.kind and a.color == b.color for a in objects for b in objects)
+        for objects in hard
+    ]
+    assert np.mean(alike) > 0.95
+
+
+# --- videos
+
+
+def test_one_object_moves_and_one_appears():
+    for seed in range(12):
+        video = draw_video(seed)
+        assert len(video.frames) == 4
+        first, last = ({(o.phrase, o.x, o.y) for o in video.frames[n].objects} for n in (0, -1))
+        moved = [phrase for phrase, _, _ in first - last]
+        assert moved == [video.moved.phrase]
+        assert {phrase for phrase, _, _ in last - first} == {video.moved.phrase, video.appeared.phrase}
+        there = [video.appeared in frame.objects for frame in video.frames]
+        assert there == sorted(there)
+        places = [o.patch for frame in video.frames for o in frame.objects if o.phrase == video.moved.phrase]
+        steps = np.abs(np.diff(np.stack(np.divmod(places, GRID)), axis=1)).max(axis=0)
+        assert all(2 <= step <= 4 for step in steps)
+        for frame in video.frames:
+            assert all(frame.patch_owner[o.patch] == number for number, o in enumerate(frame.objects, 1))
+
+
+def test_motion_is_named_without_doubt():
+    for sample in SPLITS["video"].samples(10):
+        assert len(sample.images) == 4
+        assert sample.prompt.startswith("USER: <image> <image> <image> <image> ")
+        assert sample.patch_owner.shape == (4 * GRID**2,)
+        if sample.type in MOTION_TYPES:
+            color, kind = sample.answer.split()
+            objects = draw_video(sample.scene_seed).frames[-1].objects
+            assert sum((o.color, o.kind) == (color, kind) for o in objects) == 1
+
+
 # --- questions
 
 
@@ -164,8 +214,52 @@ def test_questions_use_the_vocabulary():
             question = ask(random.Random(seed), objects, type)
             if question is not None:
                 assert question.type == type
+                assert set((question.text + " " + question.answer).split()) <= set(WORDS)
                 assert question.text == normalise(question.text)
-                assert set(question.answer.split()) <= set(WORDS)
+
+
+def questions_of(type, world=STANDARD, scenes=150):
+    drawn = [draw_scene(seed, world).objects for seed in range(scenes)]
+    asked = [(objects, ask(random.Random(seed), objects, type)) for seed, objects in enumerate(drawn)]
+    return [(objects, question) for objects, question in asked if question is not None]
+
+
+SIDE = {"left of": (-1, "x"), "right of": (1, "x"), "above": (-1, "y"), "below": (1, "y")}
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
+def test_side_questions_have_one_answer(world):
+    asked = questions_of("side", world)
+    assert len(asked) > 80
+    for objects, question in asked:
+        rest = question.text.removeprefix("what color is the ").removesuffix(" ?")
+        relation = next(words for words in SIDE if f" {words} the " in rest)
+        kind, name = rest.split(f" {relation} the ")
+        (reference,) = [o for o in objects if name in (o.kind, f"{o.color} {o.kind}")]
+        sign, axis = SIDE[relation]
+        there = [o for o in objects if o.kind == kind and sign * (getattr(o, axis) - getattr(reference, axis)) > 0]
+        assert [o.color for o in there] == [question.answer]
+        assert len({o.color for o in objects if o.kind == kind}) > 1
+        assert question.found == there[0]
+    relations = [next(words for words in SIDE if words in question.text) for _, question in asked]
+    assert set(relations) == set(SIDE)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
+def test_hop_questions_have_one_answer(world):
+    asked = questions_of("hop", world)
+    assert len(asked) > 80
+    for objects, question in asked:
+        noun, name = question.text.removeprefix("what ").removesuffix(" ?").split(" is the color of the ")
+        (reference,) = [o for o in objects if name in (o.kind, o.value)]
+        there = [
+            o
+            for o in objects
+            if o is not reference
+            and o.color == reference.color
+            and (o.kind == noun if noun != "shape" else o.value is None)
+        ]
+        assert [o.value or o.kind for o in there] == [question.answer]
 
 
 def test_existence_is_balanced():
@@ -198,41 +292,41 @@ def test_suite_asks_each_type_once():
     assert [sample.type for sample in held_out(3, per_scene=1)] == list(TYPES[:3])
 
 
-@pytest.mark.parametrize("per_scene", [0, 8])
+@pytest.mark.parametrize("per_scene", [0, 10])
 def test_suite_refuses_more_questions_than_types(per_scene):
     with pytest.raises(TrimError, match=f"per_scene={per_scene}"):
         next(held_out(1, per_scene=per_scene))
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=lambda split: split.name)
+def test_splits_are_the_measured_ones(split):
+    assert digest(split.samples(20)) == split.digest
+
+
+def test_conversations_repeat_the_right_answers():
+    samples = list(SPLITS["turns"].samples(3))
+    assert [len(sample.earlier) for sample in samples] == [0, 1, 2, 3, 4] * 3
+    first, second = samples[:2]
+    assert second.earlier == ((first.question, first.answer),)
+    assert second.prompt == f"{first.prompt} {first.answer} </s> USER: {second.question} ASSISTANT:"
+    for start in (0, 5, 10):
+        assert len({sample.question for sample in samples[start : start + 5]}) == 5
 
 
 # --- what the model can do
 
 
 def test_model_answers(bundle):
-    # Counting is the weak spot of this checkpoint, see its README.
-    samples = [sample for sample in held_out(30) if sample.type != "count"]
+    """All scores, with intervals, are in docs/results/llava."""
+    samples = list(itertools.islice(SPLITS["standard"].samples(), 200))
     answers = answer(bundle.model, bundle.processor, samples)
     right = [given == sample.answer for given, sample in zip(answers, samples, strict=True)]
-    assert len(right) > 150
-    assert np.mean(right) >= 0.9
+    assert np.mean(right) >= 0.94
 
 
-@torch.inference_mode()
 def test_phrases_find_their_patches(bundle):
     """In CLIP's joint space the name of an object ranks its patches above the others."""
-    clip, areas, hits = bundle.text_tower.model, [], []
-    for seed in range(HELD_OUT, HELD_OUT + 20):
-        scene = draw_scene(seed)
-        pixels = bundle.processor.image_processor(scene.image, return_tensors="pt")["pixel_values"]
-        hidden = clip.vision_model(pixel_values=pixels).last_hidden_state[0, 1:]
-        patches = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(hidden)), dim=-1)
-        phrases = [obj.phrase for obj in scene.objects]
-        texts = clip.get_text_features(
-            **bundle.text_tower.tokenizer(phrases, padding=True, return_tensors="pt")
-        ).pooler_output
-        for phrase, text in zip(phrases, F.normalize(texts, dim=-1), strict=True):
-            named = torch.tensor([False, *(other == phrase for other in phrases)])[torch.from_numpy(scene.patch_owner)]
-            similarity = patches @ text
-            areas.append((similarity[named][:, None] > similarity[~named]).float().mean().item())
-            hits.append(named[similarity.argmax()].item())
-    assert np.mean(areas) >= 0.9
-    assert np.mean(hits) >= 0.9
+    found = phrase_scores(bundle, scenes=20)
+    assert found.phrases > 100
+    assert found.area >= 0.9
+    assert found.hits >= 0.9

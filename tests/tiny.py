@@ -128,6 +128,8 @@ def sample(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
 class Masked(AbstractContextManager):
     """The plain model, with tokens made invisible from given decoder layers on instead of removed.
 
+    Models that let image tokens attend in both directions keep their own masks otherwise.
+
     Args:
         model: a plain model.
         mask: padding mask [batch, prompt] of the first forward's prompt.
@@ -136,10 +138,10 @@ class Masked(AbstractContextManager):
 
     def __init__(self, model, mask: Tensor, hidden: Mapping[int, Tensor]) -> None:
         self.model, self.mask, self.hidden = model, mask.bool(), hidden
-        self.handles: list = []
+        self.family, self.handles = family_of(model), []
 
     def __enter__(self):
-        for index, layer in enumerate(family_of(self.model).language_model.layers):
+        for index, layer in enumerate(self.family.language_model.layers):
             self.handles.append(layer.register_forward_pre_hook(self._hook(index), with_kwargs=True))
         return self
 
@@ -160,8 +162,11 @@ class Masked(AbstractContextManager):
             keys = past + queries
             seen = visible.repeat_interleave(batch // visible.shape[0], 0)[:, :keys]
             seen = torch.nn.functional.pad(seen, (0, keys - seen.shape[1]), value=True)
-            causal = torch.arange(keys) <= torch.arange(past, keys)[:, None]
-            allowed = causal & seen[:, None, None, :]
+            own = kwargs["attention_mask"] if self.family.bidirectional else None
+            if own is None:
+                own = torch.arange(keys) <= torch.arange(past, keys)[:, None]
+            own = own if own.dtype == torch.bool else own == 0
+            allowed = own & seen[:, None, None, :]
             # a row of nothing but False would be NaN: such rows are invisible themselves, any value will do
             allowed = allowed | (torch.eye(keys, dtype=torch.bool)[past:] & ~allowed.any(-1, keepdim=True))
             bias = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)

@@ -104,7 +104,7 @@ def load(
     its own). ``device`` "auto" is the first accelerator, else the CPU; ``dtype`` "auto" is the checkpoint's on an
     accelerator and float32 on the CPU. Raises :class:`TrimError`, in one sentence, for whatever cannot be loaded.
     """
-    place = _device(device)
+    place = on_device(device)
     number: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
     if name is None:
         model, processor, tower = zoo.load()
@@ -174,7 +174,8 @@ def answer(
     return Answer(text.strip(), clock.seconds, run)
 
 
-def _device(name: str) -> torch.device:
+def on_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first accelerator, else the CPU. Raises :class:`TrimError` without one."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

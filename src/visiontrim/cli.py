@@ -1,4 +1,4 @@
-"""The command line: ``visiontrim ask | map | methods | models``."""
+"""The command line: ``visiontrim ask | map | methods | models | cost | bench | zoo``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from visiontrim.analyze.commands import app as analyze_app
+from visiontrim.commands import bench, cost
 from visiontrim.core.errors import TrimError
+from visiontrim.evaluate.commands import app as evaluate_app
+from visiontrim.evaluate.commands import split_methods
 from visiontrim.images import check_output, load_image, save_image
+from visiontrim.zoo.commands import app as zoo_app
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not wait for them
     from PIL.Image import Image
@@ -157,23 +162,33 @@ def draw(
     model: Model = None,
     text_tower: TextTower = None,
     method: MethodSpec = "visiontrim",
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B[:K=V],...", help="Several methods side by side, instead of --method.")
+    ] = None,
     keep: Keep = None,
     device: Device = "auto",
     dtype: DtypeChoice = Dtype.auto,
 ) -> None:
     """Draw which vision tokens stay clear, which are merged (tinted) and which are dropped (dark)."""
-    pictures, chosen, run = _prepare(
-        [image], method, keep, output, name=model, text_tower=text_tower, device=device, dtype=dtype.value
+    from visiontrim.core.registry import load_method
+    from visiontrim.picture import side_by_side
+
+    names = [method] if methods is None else split_methods(methods)
+    budget = {} if keep is None else {"keep": keep}
+    chosen = [load_method(name, **budget if name != "none" else {}) for name in names]
+    pictures, _, run = _prepare(
+        [image], names[0], None, output, name=model, text_tower=text_tower, device=device, dtype=dtype.value
     )
     with _status("asking"):
-        answer = run(pictures, question, chosen, max_new_tokens=1)
-    save_image(_maps(answer, [image], pictures), output)
+        maps = [_maps(run(pictures, question, one, max_new_tokens=1), [image], pictures) for one in chosen]
+    save_image(maps[0] if len(maps) == 1 else side_by_side(maps, list(map(str, chosen))), output)
     print(output)
 
 
 @app.command("methods", epilog="Example:  visiontrim methods --json | jq '.[].name'")
 def show_methods(as_json: Json = False) -> None:
     """List the methods with their papers and options."""
+    from visiontrim.core.method import Layers
     from visiontrim.core.registry import list_methods
 
     rows = []
@@ -182,7 +197,7 @@ def show_methods(as_json: Json = False) -> None:
         rows.append(
             {
                 "name": name,
-                "stages": [str(step.site) for step in cls().steps()],
+                "stages": [str(step.site) for step in cls().steps_for(Layers(encoder=23, decoder=32))],
                 "text_aware": cls.text_aware,
                 "merges": cls.merges,
                 "paper": cls.paper,
@@ -224,6 +239,13 @@ def show_models(
     for line in cells:
         table.add_row(*line)
     _console().print(table)
+
+
+app.add_typer(evaluate_app)
+app.command(epilog=cost.EPILOG)(cost.cost)
+app.command(epilog=bench.EPILOG)(bench.bench)
+app.add_typer(analyze_app, name="analyze")
+app.add_typer(zoo_app, name="zoo")
 
 
 def _cell(value: object) -> str:

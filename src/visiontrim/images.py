@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from visiontrim.core.budget import Amount, resolve
 from visiontrim.core.errors import TrimError
 
 MAX_BYTES = 64 * 2**20
@@ -62,6 +63,40 @@ def as_seen(image: Image.Image, image_processor: Any) -> Image.Image:
     width, height = round(crop["width"] * scale_x), round(crop["height"] * scale_y)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+def downsample(image: Image.Image, keep: Amount, image_processor: Any) -> Image.Image:
+    """The control for what removes tokens before the encoder: ``image``, smaller, so that at most ``keep`` come of it.
+
+    For an ``image_processor`` that keeps the size of pictures, rounded to cells of a vision token each (Qwen-VL,
+    GLM-4V). ``keep`` is a number of tokens or a fraction of the picture's own. It is resized once, by the processor's
+    filter: its shorter side to the number of cells nearest to what its shape asks for, the longer one to as many as
+    then go into ``keep``. Raises :class:`TrimError` for a processor without such cells, for more tokens than there
+    are, and where the processor would enlarge the picture again.
+    """
+    if not hasattr(image_processor, "merge_size") or not hasattr(image_processor, "get_number_of_image_patches"):
+        raise TrimError(
+            f"{type(image_processor).__name__} does not give a token for each cell of a picture, so a smaller picture "
+            "need not be fewer tokens: use the method avgpool"
+        )
+    cell = image_processor.patch_size * image_processor.merge_size
+
+    def tokens(width: int, height: int) -> int:
+        return image_processor.get_number_of_image_patches(height, width, {}) // image_processor.merge_size**2
+
+    own = tokens(*image.size)
+    keep = resolve(keep, own)
+    if keep == own:
+        return image
+    short = max(1, round((keep * min(image.size) / max(image.size)) ** 0.5))
+    columns, rows = (keep // short, short) if image.width >= image.height else (short, keep // short)
+    small = columns * cell, rows * cell
+    if (count := tokens(*small)) != rows * columns:
+        raise TrimError(
+            f"a picture of {small[0]} x {small[1]} pixels would be {rows * columns} vision tokens, but its processor "
+            f"makes {count} of it: set size['shortest_edge'] of the processor to {small[0] * small[1]} or less"
+        )
+    return image.resize(small, image_processor.resample)
 
 
 def check_output(path: Path) -> None:

@@ -42,7 +42,7 @@ Frames = Image.Image | Sequence[Image.Image]
 
 
 def token_map(image: Frames, trace: ImageTrace, *, scale: int | None = None, legend: bool = True) -> Image.Image:
-    """Draw what the last stage of ``trace`` left of the vision tokens of ``image``.
+    """Draw what became of the vision tokens of ``image`` in the last stage of ``trace`` that left any.
 
     ``image`` is the region that the model saw, or the frames of a video (as many as the grid has, or a multiple of
     that). Dominant tokens stay clear. Every cluster of merged tokens has a colour of its own: strong, with the centre
@@ -94,16 +94,16 @@ class _Fates:
         if not trace.stages:  # nothing was removed
             every = np.arange(trace.total).reshape(trace.grid)
             return cls(every, np.ones(trace.grid, dtype=bool), np.zeros(trace.total, dtype=bool))
-        stage = trace.stages[-1]
+        stage = next((stage for stage in reversed(trace.stages) if len(stage.index)), trace.stages[-1])
         index, survivor = stage.index.cpu().numpy(), stage.assignment.cpu().numpy()
         complement = stage.complement.cpu().numpy()
-        if len(survivor) != trace.total or not len(index):
+        if len(survivor) != trace.total:
             raise TrimError(
                 f"the trace at {stage.site} speaks of {len(survivor)} tokens and {len(index)} survivors, but its grid "
                 f"{trace.grid} holds {trace.total}: draw a trace together with its own grid"
             )
         for name, values, least, most in (("index", index, 0, trace.total), ("assignment", survivor, -1, len(index))):
-            if values.min() < least or values.max() >= most:
+            if len(values) and (values.min() < least or values.max() >= most):
                 raise TrimError(
                     f"the {name} of the trace at {stage.site} reaches from {values.min()} to {values.max()}, but must "
                     f"lie in [{least}, {most}): draw a trace together with its own grid {trace.grid}"
@@ -156,11 +156,10 @@ def _patch(image: Image.Image, rows: int, columns: int, scale: int | None, long_
 def _draw(image: Image.Image, fates: _Fates, frame: int, wide: int, high: int) -> Image.Image:
     survivor, centre = fates.survivor[frame], fates.centre[frame]
     gone = survivor < 0
-    carrier = np.where(gone, 0, survivor)
-    complement = fates.complement[carrier] & ~gone
+    complement = np.append(fates.complement, False)[survivor]  # -1, a dropped token, looks up the last entry
     clear = ~gone & ~complement & centre
     heart = complement & centre
-    colour = fates.colour[carrier]
+    colour = np.vstack([fates.colour, np.zeros((1, 3), np.float32)])[survivor]
 
     # Per token: how much stays of the picture's own colours, how bright they are, how much of the cluster's colour.
     kinds = [clear, gone, heart, complement]

@@ -155,14 +155,15 @@ def _count(tokens: float) -> str:
 
 
 def _bytes(number: float) -> str:
-    return _scaled(number, "B")
+    return scaled(number, "B")
 
 
 def _flops(number: float) -> str:
-    return _scaled(number, "FLOP")
+    return scaled(number, "FLOP")
 
 
-def _scaled(number: float, unit: str) -> str:
+def scaled(number: float, unit: str) -> str:
+    """``number`` to three digits, with a prefix of ``unit`` in powers of 1000."""
     for prefix in ("", "k", "M", "G", "T"):
         if number < 1000 or prefix == "T":
             return f"{number:.3g} {prefix}{unit}" if prefix else f"{number:.0f} {unit}"

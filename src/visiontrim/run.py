@@ -18,7 +18,7 @@ from visiontrim.core.trace import Trace
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.session import Clock, Per, Session
 from visiontrim.images import as_seen
-from visiontrim.models.family import Family, family_of
+from visiontrim.models.family import Family, family_of, unwrapped
 from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower
 from visiontrim.picture import token_map
 from visiontrim.report import Report
@@ -49,7 +49,8 @@ def trim(
         print(run.report)
 
     Args:
-        model: a supported vision-language model of transformers, with its weights on any device and in any dtype.
+        model: a vision-language model of transformers, with its weights on any device and in any dtype; also wrapped
+            by peft or ``torch.compile``.
         method: a name, ``name:key=value,...``, several joined by ``|``, a recipe file (YAML, JSON), or the object.
         keep: vision tokens per image (int) or their fraction (float in (0, 1]); None takes what the method says.
         question: the question, for methods that are guided by text: one for all rows of a batch, or one for each.
@@ -58,21 +59,23 @@ def trim(
             :class:`TextTower`. Without it, the language model's own embeddings of the question guide.
         processor: the model's processor. Its tokenizer reads the question when there is no text tower, and
             ``run.picture`` learns from it which part of an image the model sees.
-        positions: position ids of survivors: ``"keep"`` (their own) or ``"compact"`` (consecutive); None takes the
-            method's rule, or ``"keep"`` where the model's positions are several numbers each (Qwen).
+        positions: position ids of survivors: ``"keep"`` (their own), ``"compact"`` (consecutive), or ``"members"``: a
+            merged token has those of up to 8 of its members (:mod:`visiontrim.engine.members`). None takes the
+            method's rule, but not ``"compact"`` where the model's positions are several numbers each (Qwen).
         per: what a number of tokens is meant for: a whole ``"image"`` (with all its tiles; a whole video), each
             ``"tile"`` of an anyres image, or each ``"frame"`` of a video.
         remember: how many calls of the vision encoder keep their output on the host. A prompt with the same images,
-            such as the whole conversation with a further question, is then trimmed anew without encoding again. The
-            price is the prefill of the conversation, and the encoder's hidden states in host memory.
+            such as the whole conversation with a further question, is then trimmed anew without encoding again,
+            and equal images of one batch are encoded once. Methods inside the encoder always encode. The price is the
+            prefill of the conversation, and the encoder's hidden states in host memory.
         clock: times the method's own work, see :class:`visiontrim.measure.Clock`.
 
     Raises:
         TrimError: for input that cannot work; the model is then untouched.
     """
     chosen = load_method(method, **({} if keep is None else {"keep": keep}))
-    if positions not in (None, "keep", "compact"):
-        raise TrimError(f"positions={positions!r}: choose 'keep' or 'compact'")
+    if positions not in (None, *get_args(Positions)):
+        raise TrimError(f"positions={positions!r}: choose from {', '.join(map(repr, get_args(Positions)))}")
     if per not in get_args(Per):
         raise TrimError(f"per={per!r}: choose from {', '.join(map(repr, get_args(Per)))}")
     if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
@@ -98,10 +101,10 @@ class Run:
         remember: int,
         clock: Clock | None,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.method = method
         self._processor = processor
-        self._family = family_of(model)
+        self._family = family_of(self.model)
         guidance = _guidance(self._family, text_tower, processor)
         if question is not None and _reads_question(method) and guidance is None:
             raise TrimError(
@@ -109,7 +112,7 @@ class Run:
                 "processor="
             )
         self._questions = Questions(guidance, _words(self._family, processor), question)
-        rule = positions or ("keep" if self._family.mrope else method.positions)
+        rule = positions or ("keep" if self._family.mrope and method.positions == "compact" else method.positions)
         self._session = Session(self._family, method, rule, per, remember, self._questions, self._finish, clock)
         self._trace: Trace | None = None
         self._attached = False

@@ -123,6 +123,8 @@ def spread(
     for stage, span in enumerate(spans):
         last = stage == len(spans) - 1
         exact = budget / span if last else _scaled(budget, cap, spans[stage:], proportions[stage:])
+        if not proportions[stage] and cap < entered:  # a stage before could have more: this is what rounding left
+            exact = 0.0
         cap = min(cap, max(1 if proportions[stage] else 0, math.floor(exact + 0.5)))
         counts.append(cap)
         budget -= span * cap

@@ -11,8 +11,22 @@ from typing import Any, ClassVar, Literal
 from visiontrim.core.errors import TrimError
 from visiontrim.core.view import Keep, Signal, View
 
-Positions = Literal["keep", "compact"]
-"""Position ids of survivors: their own (gaps stay), or consecutive ones."""
+Positions = Literal["keep", "compact", "members"]
+"""Position ids of survivors: their own (gaps stay), consecutive ones, or for merged ones those of several members."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderLayer:
+    """Just before layer ``index`` of the vision encoder, so after ``index`` layers."""
+
+    index: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 1:
+            raise TrimError(f"layer={self.index!r}: an encoder stage stands before encoder layer 1 or a later one")
+
+    def __str__(self) -> str:
+        return f"encoder layer {self.index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,19 @@ class DecoderLayer:
         return f"layer {self.index}"
 
 
-Site = VisionOutput | DecoderLayer
+Site = EncoderLayer | VisionOutput | DecoderLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Layers of a model, for methods whose places depend on them."""
+
+    encoder: int
+    """Layers of the vision encoder that its output passes through; stages stand before layers 1 to ``encoder - 1``."""
+    decoder: int
+    """Layers of the language model."""
+    whole: tuple[int, ...] = ()
+    """Layers of the vision encoder that see all of a picture where the others see windows; (): all do."""
 
 
 class Method(ABC):
@@ -53,6 +79,9 @@ class Method(ABC):
     """Whether the question can change what is kept."""
     merges: ClassVar[bool] = False
     """Whether kept tokens carry something of the dropped ones."""
+    narrows_cache: ClassVar[bool] = False
+    """Whether, once the prefill is over, every decoder layer from the first stage on that removes something caches only
+    what the last one left."""
 
     @property
     def positions(self) -> Positions:
@@ -66,8 +95,8 @@ class Method(ABC):
         Where a method places stages by the decoder's depth, they are those of the 32 layers that papers speak of.
         """
 
-    def steps_on(self, num_layers: int) -> tuple[Step, ...]:
-        """The steps in a decoder of ``num_layers`` layers."""
+    def steps_for(self, layers: Layers) -> tuple[Step, ...]:
+        """The steps on a model of so many ``layers``."""
         return self.steps()
 
     def __or__(self, other: Method) -> Plan:
@@ -90,7 +119,7 @@ class Method(ABC):
 
 def _spelled(value: object) -> object:
     """As the registry reads it."""
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else "null" if value is None else value
 
 
 class Step(Method):
@@ -105,11 +134,37 @@ class Step(Method):
         """Signals that :meth:`select` reads; the engine computes no others."""
         return frozenset()
 
+    @property
+    def proportional(self) -> bool:
+        """Whether later layers of the encoder attend to each token in proportion to its mass (encoder layers only)."""
+        return False
+
     @abstractmethod
     def select(self, view: View) -> Keep: ...
 
     def steps(self) -> tuple[Step, ...]:
         return (self,)
+
+
+def check_order(method: Method, steps: tuple[Step, ...]) -> None:
+    """Raise :class:`TrimError` unless the ``steps`` of ``method`` follow each other in the model."""
+    sites = [step.site for step in steps]
+    if any(_place(later) <= _place(earlier) for earlier, later in itertools.pairwise(sites)):
+        raise TrimError(
+            f"the stages of {method} stand at {', '.join(map(str, sites))}: order them from the vision encoder "
+            "to the last decoder layer, one method per place"
+        )
+
+
+def _place(site: Site) -> tuple[int, int]:
+    """Sorts sites in the order in which a model meets them."""
+    match site:
+        case EncoderLayer(index):
+            return 0, index
+        case VisionOutput():
+            return 1, 0
+        case DecoderLayer(index):
+            return 2, index
 
 
 @dataclass(frozen=True)
@@ -126,28 +181,18 @@ class Plan(Method):
         for method in self.methods:
             flat += method.methods if isinstance(method, Plan) else [method]
         object.__setattr__(self, "methods", tuple(flat))
-        self._check_order(self.steps())
-
-    def _check_order(self, steps: tuple[Step, ...]) -> None:
-        sites = [step.site for step in steps]
-        depths = [site.index if isinstance(site, DecoderLayer) else 0 for site in sites]
-        if any(later <= earlier for earlier, later in itertools.pairwise(depths)):
-            raise TrimError(
-                f"the stages of {self} stand at {', '.join(map(str, sites))}: order them from the vision encoder "
-                "to the last decoder layer, one method per place"
-            )
+        check_order(self, self.steps())
 
     @property
     def positions(self) -> Positions:
-        return "compact" if any(method.positions == "compact" for method in self.methods) else "keep"
+        rules = {method.positions for method in self.methods}
+        return "members" if "members" in rules else "compact" if "compact" in rules else "keep"
 
     def steps(self) -> tuple[Step, ...]:
         return tuple(step for method in self.methods for step in method.steps())
 
-    def steps_on(self, num_layers: int) -> tuple[Step, ...]:
-        steps = tuple(step for method in self.methods for step in method.steps_on(num_layers))
-        self._check_order(steps)
-        return steps
+    def steps_for(self, layers: Layers) -> tuple[Step, ...]:
+        return tuple(step for method in self.methods for step in method.steps_for(layers))
 
     def to_dict(self) -> dict[str, Any]:
         return {"plan": [method.to_dict() for method in self.methods]}

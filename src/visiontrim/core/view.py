@@ -25,6 +25,9 @@ SignalName = Literal[
     "joint_last",
     "joint_normalised",
     "words",
+    # between encoder layers
+    "encoder_queries",
+    "cls_query",
     # at both
     "text",
     # between decoder layers
@@ -35,6 +38,7 @@ SignalName = Literal[
     "previous",
     "embeddings",
     "normed",
+    "next_normed",
     "queries",
     "keys",
     "rotary",
@@ -104,7 +108,13 @@ class View:
     column_attention: Float[Tensor, "batch tokens"] | None = None
     """Mean attention that each patch receives from all tokens, itself and [CLS] included, mean over heads."""
     encoder_keys: Float[Tensor, "batch heads tokens head_dim"] | None = None
-    """Keys of the patches as the attention function gets them, in the layer whose output is projected."""
+    """Keys of the patches as the attention function gets them, in the layer whose output is projected; between encoder
+    layers in the layer just passed."""
+    encoder_queries: Float[Tensor, "batch heads tokens head_dim"] | None = None
+    """Queries of the patches in the encoder layer just passed, scaled: their dot product with ``encoder_keys`` is the
+    logit of the attention (encoder layers only)."""
+    cls_query: Float[Tensor, "batch heads 1 head_dim"] | None = None
+    """The query of [CLS] in that layer, scaled likewise (encoder layers only)."""
     projected: Float[Tensor, "batch tokens width"] | None = None
     """The tokens in the language model's space, after the projector."""
     joint: Float[Tensor, "batch tokens joint"] | None = None
@@ -114,6 +124,15 @@ class View:
     """The language model's own input embeddings of the question, in the space of ``projected``."""
     query: Float[Tensor, "batch dim"] | None = None
     """Hidden state at the position whose logits give the first generated token (decoder layers only)."""
+    mass: Float[Tensor, "batch tokens"] | None = None
+    """Tokens of the uncompressed segment that each token is the mean of (encoder layers only)."""
+    lattice: tuple[int, int, int] | None = None
+    """(frames, rows, columns) that the tokens form in raster order, merged ones included; None: they form no such box
+    (encoder layers only)."""
+    unit: int = 1
+    """Patches whose features stand side by side in a token (encoder layers only)."""
+    next_normed: Float[Tensor, "batch tokens dim"] | None = None
+    """The tokens after the input norm of the decoder layer that comes next."""
     last_attention: Float[Tensor, "batch tokens"] | None = None
     """Attention of that position to each token in the decoder layer just passed, mean over heads, float32, after the
     softmax over everything that the position may see: earlier turns, text and other images too."""
@@ -135,6 +154,8 @@ class View:
     """Keys [batch, kv_heads, tokens, head_dim] of that layer, each head shared by heads / kv_heads query heads."""
     rotary: Sides | None = None
     """Cosines, then sines, of the rotary position encoding, [batch, tokens, 2 head_dim]."""
+    marked: Bool[Tensor, "batch tokens"] | None = None
+    """Tokens that an earlier step marked (:attr:`Keep.marked`); None: no step marked any."""
     at: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     """Signals of other encoder layers, under the pairs that the step asked for."""
 
@@ -170,6 +191,9 @@ class Keep:
 
     ``index[b, j]`` is the token of the view that output ``j`` stands for: ascending, except where a paper fixes
     another order. Outputs take the slots, hence the position ids, of the kept tokens in ascending order.
+
+    At encoder layers outputs stay in the order in which they are given, and the language model meets each of them at
+    the slot, among those of its members, that is nearest to their mean place.
     """
 
     index: Int[Tensor, "batch kept"]
@@ -182,6 +206,11 @@ class Keep:
     projected: Float[Tensor, "batch kept width"] | None = None
     """The outputs when something was merged into them after the projector, in the space of :attr:`View.projected`;
     they take the place of what the projector makes of ``features``."""
+
+    marked: Bool[Tensor, "batch kept"] | None = None
+    """Outputs that later steps see as marked, besides those that are already; None: no more."""
+    lattice: tuple[int, int, int] | None = None
+    """(frames, rows, columns) that the outputs form in raster order (encoder layers only); None: no such box."""
 
     @classmethod
     def everything(cls, view: View) -> Keep:

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from visiontrim.core.errors import TrimError
 
 
 class TrimmedLayer(DynamicLayer):
-    """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation."""
+    """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation.
+
+    A sliding window counts the tokens that are left: one that took over a sliding-window layer keeps all of them, and
+    the model's mask hides those outside.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +62,15 @@ class TrimmedLayer(DynamicLayer):
         self.trimmed_to = prompt_end
         self.key_mask = None if mask is None else F.pad(mask, (removed, 0))[:, :prompt_end]
         self.shift = shift
+
+    def narrow(self, index: Int[Tensor, "batch left"], chunk: int) -> None:
+        """Leave, of the ``chunk`` tokens just cached, those at ``index``, and all that were there before."""
+        assert self.keys is not None and self.values is not None  # noqa: PT018
+        before = torch.arange(self.keys.shape[-2] - chunk, device=index.device).expand(len(index), -1)
+        index = torch.cat([before, before.shape[1] + index], 1)[:, None, :, None].to(self.keys.device)
+        self.keys, self.values = (
+            held.gather(2, index.expand(-1, held.shape[1], -1, held.shape[-1])) for held in (self.keys, self.values)
+        )
 
     def logical_mask(self, mask: Tensor | None, length: int) -> Bool[Tensor, "batch length"] | None:
         """Key mask in logical columns for a forward that ends at logical ``length``; None when all keys are valid.
@@ -112,10 +125,20 @@ class TrimmedLayer(DynamicLayer):
 def check_cache(cache: Cache | None) -> None:
     """Raise :class:`TrimError` unless every layer of ``cache`` can hold its own number of tokens."""
     for index, layer in enumerate(cache.layers if cache is not None else ()):
-        if type(layer) not in (DynamicLayer, TrimmedLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, TrimmedLayer):
             raise TrimError(
                 f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
                 "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"
+            )
+
+
+def check_window(cache: Cache | None, length: int) -> None:
+    """Raise :class:`TrimError` if a conversation of ``length`` tokens is longer than a sliding window of ``cache``."""
+    for index, layer in enumerate(cache.layers if cache is not None else ()):
+        if isinstance(layer, DynamicSlidingWindowLayer) and length >= layer.sliding_window:
+            raise TrimError(
+                f"the prompt has {length} tokens, but decoder layer {index} sees the last {layer.sliding_window} only: "
+                "vision tokens can be removed from prompts that fit into the window"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,44 +12,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import DecoderLayer, Site, VisionOutput
+from visiontrim.core.method import DecoderLayer, Site
 from visiontrim.core.trace import ImageTrace, StageTrace
 from visiontrim.core.view import Keep, Signal
 from visiontrim.engine.pack import gather, pack_left
+from visiontrim.engine.survivors import Survivors, coordinates
 from visiontrim.models.family import Arguments, Kind
 from visiontrim.models.layout import Visual
 
-
-@dataclass(frozen=True)
-class Survivors:
-    """Which tokens of a group's images are left, in terms of the uncompressed images."""
-
-    index: Int[Tensor, "images kept"]
-    """Raster index of the token that each survivor stands for."""
-    assignment: Int[Tensor, "images total"]
-    """Survivor that carries each token, -1 where it is gone."""
-    complement: Bool[Tensor, "images kept"]
-    """Survivors that stand for a cluster."""
-
-    def after(self, keep: Keep) -> Survivors:
-        """The survivors once ``keep``, answered for the current ones, is applied."""
-        batch, kept = keep.index.shape
-        if not self.index.shape[1]:  # an earlier step left nothing
-            return self
-        if keep.assignment is None:
-            went_to = self.index.new_full(self.index.shape, -1)
-            went_to.scatter_(1, keep.index, torch.arange(kept, device=keep.index.device).expand(batch, kept))
-        else:
-            went_to = keep.assignment
-        complement = self.complement.gather(1, keep.index)
-        return Survivors(
-            self.index.gather(1, keep.index),
-            torch.where(self.assignment >= 0, went_to.gather(1, self.assignment.clamp_min(0)), -1),
-            complement if keep.complement is None else complement | keep.complement,
-        )
-
-    def pick(self, images: Int[Tensor, " picked"]) -> Survivors:
-        return Survivors(self.index[images], self.assignment[images], self.complement[images])
+if TYPE_CHECKING:
+    from visiontrim.engine.inside import Inside
+    from visiontrim.engine.placing import Placed
 
 
 @dataclass(frozen=True)
@@ -91,8 +64,8 @@ class Group:
         places: Int[Tensor, "images total"],
         marks: Int[Tensor, "images marks"],
     ) -> Group:
-        index = torch.arange(places.shape[1], device=places.device).expand_as(places)
-        survivors = Survivors(index, index, torch.zeros_like(index, dtype=torch.bool))
+        images, total = places.shape
+        survivors = Survivors.uncompressed(images, total, places.device)
         return cls(rows, numbers, part, places, marks, survivors)
 
     @property
@@ -110,9 +83,7 @@ class Group:
     @property
     def coordinates(self) -> Int[Tensor, "images kept 3"]:
         """(frame, row, column) of each survivor."""
-        _, rows, columns = self.grid
-        index = self.now.index
-        return torch.stack([index // (rows * columns), index // columns % rows, index % columns], -1)
+        return coordinates(self.now.index, self.grid)
 
     def after(self, keep: Keep, site: Site) -> Group:
         """The group once ``keep``, answered for its current tokens, is applied at ``site``."""
@@ -122,12 +93,12 @@ class Group:
     @property
     def entered(self) -> int:
         """Tokens of each image that entered the language model."""
-        before = [past.index.shape[1] for site, past in self.history if isinstance(site, VisionOutput)]
+        before = [past.index.shape[1] for site, past in self.history if not isinstance(site, DecoderLayer)]
         return before[-1] if before else self.total
 
     def marks_beside(self, kept: int) -> int:
         """Marks of each segment that are there when ``kept`` of its tokens are."""
-        return self.marks.shape[1] if self.part.marks_stay or kept == self.total else 0
+        return self.marks.shape[1] if kept == self.total or (kept and self.part.marks_stay) else 0
 
     def per_layer(self, num_layers: int) -> tuple[int, ...]:
         """Tokens of each segment, marks included, that every decoder layer processes."""
@@ -193,6 +164,17 @@ class Encoding:
     last_hidden: Tensor | None = None
     selected: Selected | None = None
     """What was selected; None if everything stays as it is."""
+    placed: list[Placed] | None = None
+    """Its segments, once somebody asked."""
+    inside: Inside | None = None
+    """What was merged so far between the encoder's layers, once a step between them has seen the tokens."""
+    between: dict[Signal, list[Tensor]] = field(default_factory=dict)
+    """Signals [patches, ...] for the next step between the encoder's layers."""
+
+    @property
+    def merged(self) -> Inside | None:
+        """Where the tokens are inside the encoder, if some merged."""
+        return self.inside if self.inside is not None and self.inside.merged else None
 
 
 @dataclass
@@ -213,10 +195,14 @@ class Call:
     """A copy of the caller's labels, which the loss reads: removed positions are ignored in it."""
     carries_vision: bool = False
     """Whether the forward in progress consumes image features."""
+    mask: Tensor | None = None
+    """The 2-D mask of the forward in progress, of a model that prepares its masks before its language model."""
     encoding: Encoding | None = None
     """Set while images or videos are encoded."""
     groups: list[Group] = field(default_factory=list)
     """The images that were encoded, in order; those of the next forward that carries vision."""
+    checked: Cache | None = None
+    """The cache that was found fit to lack tokens."""
 
     @staticmethod
     def owners(placeholders: Bool[Tensor, "batch tokens"], visuals: Sequence[Visual]) -> list[tuple[int, int]]:
@@ -262,11 +248,20 @@ class Alive:
         """Drop what ``keep`` does not say; ``columns`` and ``marks`` are the old places of what survives of images."""
         keep = keep & self.valid
         index, valid = pack_left(keep)
+        if not index.shape[1]:
+            raise TrimError("the prompt consists of images alone, and none of their tokens would be left: add text")
         place = keep.cumsum(1) - 1 + (index.shape[1] - keep.sum(1, keepdim=True))
         columns, marks = (
             [place[row[:, None], old] for row, old in zip(rows, group, strict=True)] for group in (columns, marks)
         )
         return index, Alive(gather(self.origin, index), valid, columns, marks)
+
+    def within(self, earlier: Alive, length: int) -> Int[Tensor, "batch tokens"]:
+        """Places in ``earlier``, a batch of the same chunk of ``length`` tokens, of those that are still there."""
+        place = torch.zeros(len(earlier.valid), length + 1, dtype=torch.long, device=earlier.origin.device)
+        at = torch.where(earlier.valid, earlier.origin, length)  # padding has no place of its own
+        place.scatter_(1, at, torch.arange(at.shape[1], device=at.device).expand_as(at))
+        return place.gather(1, self.origin)
 
 
 @dataclass
@@ -343,6 +338,8 @@ class Prefill(Forward):
     """For every group the batch rows of its images."""
     entered: list[Int[Tensor, "images entered"]] = field(default_factory=list)
     """For every group the places, in the uncompressed chunk, of the tokens that entered the language model."""
+    whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
+    """For every group the places, in the uncompressed chunk, of all of its tokens."""
     removals: list[Removal] = field(default_factory=list)
     heard: Heard = field(default_factory=Heard)
 

@@ -21,6 +21,7 @@ from visiontrim.core.trace import Trace
 from visiontrim.engine.cache import (
     cache_bytes,
     check_cache,
+    check_window,
     chunk_mask,
     make_trimmed,
     physical_length,
@@ -28,6 +29,8 @@ from visiontrim.engine.cache import (
 )
 from visiontrim.engine.call import Alive, Call, Forward, Heard, Prefill, Removal
 from visiontrim.engine.hearing import Hearing
+from visiontrim.engine.masks import narrowed_mask
+from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import place_groups, select_between_layers
@@ -40,11 +43,16 @@ if TYPE_CHECKING:
 class LanguageStage:
     """Hooks on the language model (the seam) and, where needed, on its layers."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], positions: Positions, session: Session) -> None:
+    def __init__(
+        self, family: Family, steps: Mapping[int, Step], positions: Positions, narrow: bool, session: Session
+    ) -> None:
         self._family = family
         self._model = family.language_model
         self._steps = steps
         self._compact = positions == "compact"
+        self._members = Members(family, session) if positions == "members" else None
+        self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
+        """The decoder layer from which on only what the last stage left stays cached."""
         self._session = session
         self._hearing = Hearing(family, steps, session)
 
@@ -54,6 +62,10 @@ class LanguageStage:
             self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
+        if self._members is not None:
+            removers.append(self._members.attach())
+        if self._family.bidirectional:
+            removers.append(self._family.core.register_forward_pre_hook(self._before_masks, with_kwargs=True))
         if self._family.deepstack is not None:
             removers.append(Replaced(self._model, self._family.deepstack, self._add_features))
         # flash attention reads gaps in position_ids as borders of packed sequences, so no layer may get them
@@ -63,6 +75,22 @@ class LanguageStage:
             hook = self._layer_hook(index)
             removers.append(self._model.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
         return removers + self._hearing.attach()
+
+    def _before_masks(self, module, args, kwargs):
+        """Give a model that prepares its own masks the padding of the tokens that are left, and keep the caller's."""
+        call, cache, mask = self._session.call, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if call is None:
+            return None
+        call.mask, first = mask, trimmed_layer(cache, 0)
+        if first is None:
+            return None
+        self._check_plain(mask)
+        length = cache.get_seq_length() + kwargs["input_ids"].shape[1]
+        return args, kwargs | {"attention_mask": first.logical_mask(mask, length)}
+
+    def _check_plain(self, mask: object) -> None:
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
 
     def _enter(self, module, args, kwargs):
         call, cache = self._session.call, kwargs.get("past_key_values")
@@ -75,16 +103,27 @@ class LanguageStage:
         trimmed = cache is not None and any(trimmed_layer(cache, index) for index in range(len(cache.layers)))
         if call is None and not trimmed:
             return None
-        self._check_stages(cache)
+        self._check_once(cache)
         forward = self._session.forward = self._forward(call, cache, kwargs)
         first = trimmed_layer(cache, 0)
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
         elif first is not None:
-            kwargs["attention_mask"] = first.logical_mask(forward.mask, forward.past + forward.length)
+            if not self._family.bidirectional:  # there it was done before the masks were made
+                kwargs["attention_mask"] = first.logical_mask(forward.mask, forward.past + forward.length)
             if first.shift is not None:
                 kwargs["position_ids"] = forward.positions - first.shift[:, None]
         return args, kwargs
+
+    def _check_once(self, cache: Cache | None) -> None:
+        """Refuse a cache that cannot go on in this run. What one call makes of it needs no look in every step."""
+        call = self._session.call
+        if call is not None and cache is not None and call.checked is cache:
+            return
+        self._check_stages(cache)
+        check_cache(cache)
+        if call is not None:
+            call.checked = cache
 
     def _check_stages(self, cache: Cache | None) -> None:
         """Refuse a cache that lost tokens where no stage of this run begins: one mask serves a whole stage."""
@@ -101,12 +140,12 @@ class LanguageStage:
 
     def _forward(self, call: Call | None, cache: Cache | None, kwargs: dict[str, Any]) -> Forward:
         """The state of a pass, once it is clear that it can work."""
-        check_cache(cache)
         embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
         past = cache.get_seq_length() if cache is not None else 0
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
+        if self._family.bidirectional and self._session.call is not None:
+            mask = self._session.call.mask
+        self._check_plain(mask)
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
         if self._compact and positions.ndim != 2:
@@ -122,6 +161,7 @@ class LanguageStage:
         return prefill
 
     def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
+        check_window(prefill.cache, prefill.past + prefill.length)
         embeds = kwargs["inputs_embeds"]
         columns = [
             column.gather(1, group.now.index.sort(-1).values)
@@ -136,7 +176,11 @@ class LanguageStage:
         index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
         kwargs["position_ids"] = self._positions(prefill, 0)
-        kwargs["attention_mask"] = self._chunk_mask(prefill, 0)
+        if self._family.bidirectional:
+            alive = prefill.alive
+            kwargs["attention_mask"] = narrowed_mask(kwargs.get("attention_mask"), alive.origin, alive.valid)
+        else:
+            kwargs["attention_mask"] = self._chunk_mask(prefill, 0)
 
     def _narrow(self, prefill: Prefill, layer: int, keep: Tensor, columns: list[Tensor], marks: list[Tensor]) -> Tensor:
         """Drop tokens from decoder layer ``layer`` on; returns the places, before, of what is left."""
@@ -205,7 +249,7 @@ class LanguageStage:
             with self._session.clock("method"), torch.no_grad():
                 self._hearing.before_step(forward, layer, hidden, args, kwargs)
                 hidden, keep, columns, marks = select_between_layers(
-                    forward, self._steps[layer], hidden, len(self._model.layers)
+                    forward, self._steps[layer], hidden, len(self._model.layers), self._family.input_norm(layer)
                 )
                 forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:
@@ -223,6 +267,8 @@ class LanguageStage:
         if self._compact:
             positions = self._positions(forward, layer)
             forward.overrides["position_embeddings"] = self._model.rotary_emb(hidden, position_ids=positions)
+        elif isinstance(forward, Prefill) and self._members is not None:
+            forward.overrides["position_embeddings"] = self._members.rotary(forward, hidden)
         elif index is not None:
             rotary = forward.overrides.get("position_embeddings", kwargs["position_embeddings"])
             forward.overrides["position_embeddings"] = tuple(_gather_rotary(part, index) for part in rotary)
@@ -254,14 +300,17 @@ class LanguageStage:
             valid = removal.alive.valid
             padded = not bool(valid.all())
             for index in range(removal.start, end):
-                shift, mask = None, None
+                shift, mask, left = None, None, valid
                 layer = make_trimmed(cache, index)
+                if index >= self._narrow_from:
+                    left = prefill.alive.valid
+                    layer.narrow(prefill.alive.within(removal.alive, prefill.length), valid.shape[1])
                 if padded or prefill.past:
-                    mask = chunk_mask(cache, index, prefill.past_mask, prefill.past, valid)
+                    mask = chunk_mask(cache, index, prefill.past_mask, prefill.past, left)
                 if self._compact:
                     shift = prefill.chunk_valid.sum(1) - valid.sum(1)
                     shift = shift if layer.shift is None else shift + layer.shift
-                layer.note_removal(prefill.length - valid.shape[1], prefill.prompt_end, mask, shift)
+                layer.note_removal(prefill.length - left.shape[1], prefill.prompt_end, mask, shift)
 
     def _trace(self, prefill: Prefill) -> Trace:
         cache, layers = prefill.cache, len(self._model.layers)

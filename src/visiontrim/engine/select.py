@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -36,11 +38,14 @@ def place_groups(prefill: Prefill, family: Family) -> None:
     for group, rows in zip(prefill.groups, prefill.rows, strict=True):
         prefill.alive.columns.append(order[group.part.kind][rows[:, None], group.places])
         prefill.alive.marks.append(order[group.part.kind][rows[:, None], group.marks])
-    prefill.entered = prefill.alive.columns
+    prefill.whole = prefill.entered = prefill.alive.columns
 
 
 def checked_select(step: Step, view: View) -> Keep:
-    """What ``step`` keeps of ``view``. Raises :class:`TrimError` for an answer whose shapes cannot belong to it."""
+    """What ``step`` keeps of ``view``; between decoder layers it may be nothing.
+
+    Raises :class:`TrimError` for an answer whose shapes cannot belong to the view.
+    """
     keep = step.select(view)
     batch, tokens, dim = view.features.shape
     kept = keep.index.shape[-1]
@@ -50,6 +55,7 @@ def checked_select(step: Step, view: View) -> Keep:
         "features": (keep.features, (batch, kept, dim)),
         "assignment": (keep.assignment, (batch, tokens)),
         "complement": (keep.complement, (batch, kept)),
+        "marked": (keep.marked, (batch, kept)),
         "projected": (keep.projected, None if view.projected is None else (batch, kept, view.projected.shape[-1])),
     }
     for name, (given, wanted) in shapes.items():
@@ -79,9 +85,13 @@ def _expanded(group: Group, copies: int) -> Group:
 
 
 def select_between_layers(
-    prefill: Prefill, step: Step, hidden: Float[Tensor, "batch tokens dim"], num_layers: int
+    prefill: Prefill,
+    step: Step,
+    hidden: Float[Tensor, "batch tokens dim"],
+    num_layers: int,
+    norm: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Bool[Tensor, "batch tokens"], list[Tensor] | None, list[Tensor]]:
-    """Let ``step`` select among the vision tokens that are left.
+    """Let ``step`` select among the vision tokens that are left; ``norm`` is the input norm of the coming layer.
 
     Returns the hidden states (with merged ones written in), which of their tokens stay, and for every group the places
     of its surviving tokens (None for all groups if all stay) and marks.
@@ -93,14 +103,17 @@ def select_between_layers(
     for number, (group, rows, column, mark) in enumerate(
         zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True)
     ):
+        tokens = hidden[rows[:, None], column]
         view = View(
-            features=hidden[rows[:, None], column],
+            features=tokens,
             coordinates=group.coordinates,
             grid=group.grid,
             entered=group.entered,
             num_layers=num_layers,
             whole=group.part.whole,
             before=group.part.before,
+            marked=group.now.marked,
+            next_normed=norm(tokens) if "next_normed" in step.needs else None,
             **(signals.of_group(number) if group.kept else {}),
         )
         kept = checked_select(step, view) if group.kept else Keep.everything(view)

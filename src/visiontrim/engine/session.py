@@ -8,14 +8,26 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import DecoderLayer, Method, Positions, Step, VisionOutput
+from visiontrim.core.method import (
+    DecoderLayer,
+    EncoderLayer,
+    Layers,
+    Method,
+    Plan,
+    Positions,
+    Step,
+    VisionOutput,
+    check_order,
+)
 from visiontrim.core.trace import Trace
 from visiontrim.engine.call import Call, Forward
+from visiontrim.engine.encoder import EncoderStage
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.language import LanguageStage
+from visiontrim.engine.memory import Memory
 from visiontrim.engine.vision import VisionStage
 from visiontrim.models.family import Family
 
@@ -34,7 +46,7 @@ class Session:
         method: what to do.
         positions: position ids of survivors.
         per: what a number of tokens is meant for.
-        remember: calls of the encoder whose output is kept on the host.
+        remember: calls of the encoder whose output is kept on the host; a method that acts inside it keeps none.
         questions: for guidance by text.
         finish: called with the trace of every prefill that held images.
         clock: times the method's own work under the name "method".
@@ -57,11 +69,16 @@ class Session:
         self.clock: Clock = clock if clock is not None else lambda name: nullcontext()
         self._call: ContextVar[Call | None] = ContextVar("visiontrim_call", default=None)
         self._forward: ContextVar[Forward | None] = ContextVar("visiontrim_forward", default=None)
-        vision, language = _by_site(method, len(family.language_model.layers))
-        _check_layers(family)
+        inside = family.depth("image") if family.encoder_layers("image") else 0
+        whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
+        depth = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole)
+        encoder, vision, language = _by_site(method, depth)
+        _check_layers(family, language)
+        memory = Memory(remember, once_each=not encoder) if remember else None
         self._stages = (
-            VisionStage(family, vision, per, remember, questions, self),
-            LanguageStage(family, language, positions, self),
+            EncoderStage(family, encoder, per, self),
+            VisionStage(family, vision, per, memory, questions, self),
+            LanguageStage(family, language, positions, _narrows_cache(method), self),
         )
         self._removers: list = []
 
@@ -145,6 +162,11 @@ class Session:
                 raise TrimError(_FOREIGN_FEATURES)
             call = Call(module, ids, samples=ids.shape[0], forward_ids=ids)
             self._call.set(call)
+        if kwargs.get("pixel_values_videos") is not None and "video" not in self._family.kinds:
+            raise TrimError(
+                f"the video tokens of {type(self._family.model).__name__} cannot be told from others: send the frames "
+                "as images, or the video outside of the run"
+            )
         call.carries_vision = pixels or features
         if call.carries_vision:
             call.forward_ids = ids
@@ -162,6 +184,11 @@ class Session:
             self._call.set(None)
 
 
+def _narrows_cache(method: Method) -> bool:
+    parts = method.methods if isinstance(method, Plan) else (method,)
+    return any(part.narrows_cache for part in parts)
+
+
 def _pixels(kwargs: Mapping[str, Any]) -> bool:
     return any(value is not None for key, value in kwargs.items() if key.startswith("pixel_values"))
 
@@ -169,27 +196,53 @@ def _pixels(kwargs: Mapping[str, Any]) -> bool:
 _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"
 
 
-def _by_site(method: Method, num_layers: int) -> tuple[Step | None, dict[int, Step]]:
-    """The step at the vision output, and those between decoder layers."""
-    vision, language = None, {}
-    for step in method.steps_on(num_layers):
+def _by_site(method: Method, layers: Layers) -> tuple[dict[int, Step], Step | None, dict[int, Step]]:
+    """The steps between encoder layers, the one at the vision output, and those between decoder layers."""
+    encoder, vision, language = {}, None, {}
+    steps = method.steps_for(layers)
+    if not layers.encoder and any(isinstance(step.site, EncoderLayer) for step in steps):
+        raise TrimError(
+            f"{method} acts inside the vision encoder, which is not supported for this model: leave that stage out"
+        )
+    check_order(method, steps)
+    for step in steps:
         match step.site:
+            case EncoderLayer(index):
+                if index >= layers.encoder:
+                    raise TrimError(
+                        f"{method} acts before encoder layer {index}, but the output of the encoder passes through "
+                        f"{layers.encoder} layers"
+                    )
+                encoder[index] = step
             case VisionOutput():
                 vision = step
             case DecoderLayer(index):
-                if index >= num_layers:
+                if index >= layers.decoder:
                     raise TrimError(
-                        f"{method} acts before decoder layer {index}, but the model has {num_layers} layers"
+                        f"{method} acts before decoder layer {index}, but the model has {layers.decoder} layers"
                     )
                 language[index] = step
-    return vision, language
+    return encoder, vision, language
 
 
-def _check_layers(family: Family) -> None:
-    """Refuse decoders whose layers cannot each hold their own number of tokens."""
-    for index, layer in enumerate(DynamicCache(config=family.language_model.config).layers):
-        if type(layer) is not DynamicLayer:
+def _check_layers(family: Family, language: Mapping[int, Step]) -> None:
+    """Refuse decoders whose layers cannot hold fewer tokens, or each their own number of them where that is asked."""
+    if language and family.bidirectional:
+        raise TrimError(
+            f"{type(family).__name__} lets image tokens attend in both directions, so none can be removed between "
+            f"decoder layers (asked before layer {min(language)}): use a method's vision stage alone"
+        )
+    possible = (DynamicLayer,) if language else (DynamicLayer, DynamicSlidingWindowLayer)
+    layers = DynamicCache(config=family.language_model.config).layers
+    if len(layers) < len(family.language_model.layers):
+        raise TrimError(
+            f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "
+            "whose layers all have their own are supported"
+        )
+    for index, layer in enumerate(layers):
+        if type(layer) not in possible:
+            alone = ", with sliding windows at a method's vision stage alone" if len(possible) == 1 else ""
             raise TrimError(
                 f"decoder layer {index} caches in a {type(layer).__name__}: only full-attention decoders are supported "
-                "(no sliding windows, linear attention or shared keys and values)"
+                f"(no linear attention or shared keys and values{alone})"
             )

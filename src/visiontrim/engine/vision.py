@@ -5,26 +5,27 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
 from visiontrim.core.view import Signal, SignalName, View
-from visiontrim.engine.call import Call, Encoding, Group, Part, Selected
+from visiontrim.engine.call import Call, Encoding, Group, Selected
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.memory import Memory
 from visiontrim.engine.pack import mark_empty, to_slots
+from visiontrim.engine.placing import placed
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import checked_select
+from visiontrim.engine.signals import encoder_signals, of_placeholders
 from visiontrim.models.family import Family, Kind
-from visiontrim.models.layout import Segment, Visual
-from visiontrim.ops.attention import attention_columns, attention_received, attention_rows
 
 if TYPE_CHECKING:
     from visiontrim.engine.session import Session
@@ -41,12 +42,12 @@ class VisionStage:
     """
 
     def __init__(
-        self, family: Family, step: Step | None, per: str, remember: int, questions: Questions, session: Session
+        self, family: Family, step: Step | None, per: str, memory: Memory | None, questions: Questions, session: Session
     ) -> None:
         self._family = family
         self._step = step
         self._per = per
-        self._memory = Memory(remember) if remember else None
+        self._memory = memory
         self._needs: frozenset[Signal] = step.needs if step is not None else frozenset()
         self._questions = questions
         self._session = session
@@ -89,18 +90,25 @@ class VisionStage:
         return modules
 
     def _encode(self, kind: Kind, encode: Callable, *args, **kwargs):
-        call: Call | None = self._session.call
+        call, family = self._session.call, self._family
         if call is None or call.encoding is not None:  # the model's video function may call the one for images
             return encode(*args, **kwargs)
         bound = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
         arguments = {key: value for key, value in bound.items() if key != "kwargs"} | bound.get("kwargs", {})
+        arguments = {"pixels" if key.startswith("pixel_values") else key: value for key, value in arguments.items()}
         call.encoding = encoding = Encoding(kind, arguments)
         try:
             output = encode(*args, **kwargs)
-            parts = output.pooler_output
+            together = getattr(output, "pooler_output", None)
+            if together is None:
+                raise TrimError(
+                    f"{type(family.core).__name__}.get_{kind}_features gives no pooler_output, in which vision tokens "
+                    "are looked for: use a model class of transformers"
+                )
+            parts = [together] if isinstance(together, Tensor) and together.ndim == 2 else list(together)
             lengths = [part.shape[:-1].numel() for part in parts]
-            features = parts.flatten(0, -2) if isinstance(parts, Tensor) else torch.cat(list(parts))
-            if self._family.projector is None:
+            features = torch.cat([part.flatten(0, -2) for part in parts])
+            if family.projector is None:
                 encoding.selected = self._select(call, encoding, features, lengths)
                 if encoding.selected is not None:
                     kept = encoding.selected
@@ -109,20 +117,24 @@ class VisionStage:
             call.encoding = None
         if encoding.selected is not None:
             features = mark_empty(features, encoding.selected.blank)
-            output.pooler_output = features.view_as(parts) if isinstance(parts, Tensor) else features.split(lengths)
+            changed = [new.view_as(old) for new, old in zip(features.split(lengths), parts, strict=True)]
+            output.pooler_output = features.view_as(together) if isinstance(together, Tensor) else changed
         return output
 
     def _remember(self, memory: Memory, encode: Callable, *args, **kwargs):
         call: Call | None = self._session.call
         if call is None or call.encoding is None:
             return encode(*args, **kwargs)
-        return memory.encode(encode, call.encoding.heard, args, kwargs)
+        return memory.encode(encode, call.encoding, args, kwargs)
 
     def _before_projector(self, module, args):
         call: Call | None = self._session.call
         if call is None or call.encoding is None:
             return None
         (features,) = args
+        if (inside := call.encoding.inside) is not None:
+            pictures, _, dim = features.shape
+            features = inside.whole(features.flatten(0, 1)).view(pictures, -1, dim)
         call.encoding.selected = self._select(call, call.encoding, features, None)
         return args if call.encoding.selected is None else (call.encoding.selected.features[None],)
 
@@ -146,43 +158,50 @@ class VisionStage:
         call: Call | None = self._session.call
         if call is None or call.encoding is None:
             return
-        encoding, special = call.encoding, self._family.special_tokens
         with self._session.clock("method"):
-            for q, k in _by_chunk(query, key, self._family.chunks(encoding.kind, encoding.arguments)):
-                for signal in signals:
-                    value = _signal(_name(signal), q, k, scaling, special)
-                    encoding.heard.setdefault(signal, []).append(value.flatten(0, 1))
+            for signal, value in encoder_signals(self._family, call.encoding, signals, query, key, scaling):
+                call.encoding.heard.setdefault(signal, []).append(value)
 
     def _select(
         self, call: Call, encoding: Encoding, tokens: Float[Tensor, "*shape dim"], lengths: list[int] | None
     ) -> Selected | None:
         """Note the groups of what is encoded; with a step, select among the ``tokens`` of all images."""
         family, features = self._family, tokens.flatten(0, -2)
-        visuals = family.visuals(encoding.kind, encoding.arguments, lengths)
         source = family.source(encoding.kind, encoding.arguments)
         source = None if source is None else source.to(tokens.device)
-        placed = list(self._placed(call, encoding, visuals))
-        step, changed = self._step, False
-        if step is None:
-            call.groups += [group for group, _, _ in placed]
+        segments = encoding.placed or placed(call, encoding, family, self._per, lengths)
+        inside, step, changed = encoding.inside, self._step, False
+        if step is None and inside is None:
+            call.groups += [group for group, _, _ in segments]
             return None
-        signals = self._signals(encoding)
+        with self._session.clock("method"), torch.no_grad():
+            signals = of_placeholders(family, encoding)
         slots, values, blank, projected, rows = [], [], [], [], 0
-        for old, index, marks in placed:
+        for number, (old, index, marks) in enumerate(segments):
             at, marks_at = (index, marks) if source is None else (source[index], source[marks])
-            with self._session.clock("method"), torch.no_grad():
-                here: dict[Signal, Tensor] = {signal: value[index] for signal, value in signals.items()}
-                keep = checked_select(step, self._view(call, encoding, old, features[at], at, here))
-            group = old.after(keep, step.site)
+            group, merged, keep = old, None, None
+            if inside is not None:
+                now, history = inside.merging[number].settled()
+                group = old = replace(old, now=now, history=history)
+                at, index = at.gather(1, now.index), index.gather(1, now.index)
+            if step is not None:
+                with self._session.clock("method"), torch.no_grad():
+                    here: dict[Signal, Tensor] = {signal: value[index] for signal, value in signals.items()}
+                    keep = checked_select(step, self._view(call, encoding, old, features[at], at, here))
+                group, merged = old.after(keep, step.site), keep.features
+                merged = features[at.gather(1, keep.index)] if merged is None else merged
+                at = at.gather(1, keep.index.sort(-1).values)
+                changed |= keep.features is not None
             call.groups.append(group)
-            slots.append(at.gather(1, keep.index.sort(-1).values).flatten())
-            merged = features[at.gather(1, keep.index)] if keep.features is None else keep.features
-            if keep.projected is not None and family.projector is None:
-                merged = keep.projected
-            elif keep.projected is not None:
-                projected.append((rows, keep.projected.flatten(0, 1)))
-            values.append(merged.flatten(0, 1))
-            changed |= group.kept < group.total or keep.features is not None or keep.projected is not None
+            slots.append(at.flatten())
+            if keep is not None and keep.projected is not None:
+                if family.projector is None:
+                    merged = keep.projected
+                else:
+                    projected.append((rows, keep.projected.flatten(0, 1)))
+                changed = True
+            values.append((features[at] if merged is None else merged).flatten(0, 1))
+            changed |= group.kept < group.total
             if group.marks_beside(group.kept):
                 stay = marks_at[marks_at >= 0]
                 slots.append(stay)
@@ -195,61 +214,6 @@ class VisionStage:
         none = torch.zeros(0, dtype=torch.long, device=tokens.device)
         values = torch.cat([value.to(tokens.dtype) for value in values])
         return Selected(torch.cat(slots), values, torch.cat([none, *blank]), tokens.shape[:-1], projected)
-
-    def _placed(
-        self, call: Call, encoding: Encoding, visuals: list[Visual]
-    ) -> Iterator[tuple[Group, Int[Tensor, "images tokens"], Int[Tensor, "images marks"]]]:
-        """The segments by group, each group with the places of its tokens and marks among all placeholders."""
-        device = call.input_ids.device
-        placeholders = self._family.placeholders(call.input_ids, encoding.kind)
-        owners = call.owners(placeholders, visuals)
-        starts = list(itertools.accumulate((visual.length for visual in visuals), initial=0))
-        number = 1 + max((number for group in call.groups for number in group.numbers), default=-1)
-        members: dict[tuple[Part, int], list[tuple[int, int, Segment]]] = {}
-        for tiles in self._images(owners, placeholders):
-            whole, before = [visuals[tile] for tile in tiles], 0
-            for tile, visual in zip(tiles, whole, strict=True):
-                for segment, budget, start in visual.split(self._per):
-                    if len(tiles) > 1 and self._per == "image":
-                        budget, start = sum(tile.total for tile in whole), before + start
-                    part = Part(encoding.kind, segment.grid, budget, start, segment.marks_stay)
-                    members.setdefault((part, len(segment.marks)), []).append((number, tile, segment))
-                before += visual.total
-            number += 1
-        for (part, _), segments in members.items():
-            start = torch.tensor([starts[tile] for _, tile, _ in segments])[:, None]
-            offset = torch.tensor([owners[tile][1] for _, tile, _ in segments])[:, None]
-            index = torch.stack([segment.index for _, _, segment in segments])
-            marks = torch.stack([segment.marks for _, _, segment in segments])
-            group = Group.uncompressed(
-                tuple(owners[tile][0] for _, tile, _ in segments),
-                tuple(number for number, _, _ in segments),
-                part,
-                (offset + index).to(device),
-                (offset + marks).to(device),
-            )
-            yield group, (start + index).to(device), (start + marks).to(device)
-
-    def _images(self, owners: list[tuple[int, int]], placeholders: Bool[Tensor, "batch tokens"]) -> list[list[int]]:
-        """What was encoded, by image: several where the family writes the tiles of an image without text between."""
-        if not self._family.adjoining:
-            return [[number] for number in range(len(owners))]
-        columns = [row.nonzero()[:, 0].tolist() for row in placeholders]
-        images: list[list[int]] = []
-        for number, (row, first) in enumerate(owners):
-            if first > 0 and columns[row][first] == columns[row][first - 1] + 1:
-                images[-1].append(number)
-            else:
-                images.append([number])
-        return images
-
-    def _signals(self, encoding: Encoding) -> dict[Signal, Tensor]:
-        """What was heard, as the placeholders would have it."""
-        with self._session.clock("method"), torch.no_grad():
-            return {
-                signal: self._family.pooled(encoding.kind, encoding.arguments, torch.cat(parts)[:, None])[:, 0]
-                for signal, parts in encoding.heard.items()
-            }
 
     def _view(
         self,
@@ -267,7 +231,10 @@ class VisionStage:
             text = questions.for_rows(guidance, group.rows, batch, device)
         if guidance is not None and text is not None:
             if encoding.last_hidden is not None:
-                joint = guidance.embed(family.normalised_last_hidden(encoding.last_hidden).flatten(0, 1)[at])
+                last = family.normalised_last_hidden(encoding.last_hidden)
+                last = last.flatten(0, 1)
+                last = last if encoding.inside is None else encoding.inside.whole(last)
+                joint = guidance.embed(last[at])
             elif "joint_normalised" in self._needs and guidance.of_normalised:
                 joint = guidance.embed(family.normalised(features))
             else:
@@ -300,37 +267,9 @@ class VisionStage:
             joint=joint,
             text=text,
             words=words,
+            marked=group.now.marked,
             at={signal: value for signal, value in signals.items() if isinstance(signal, tuple)},
         )
-
-
-def _signal(
-    name: SignalName,
-    query: Float[Tensor, "images heads tokens dim"],
-    key: Float[Tensor, "images heads tokens dim"],
-    scaling: float | None,
-    special: int,
-) -> Float[Tensor, "images patches *rest"]:
-    """What an attention module says by its queries and keys."""
-    match name:
-        case "cls_attention":
-            return attention_rows(query[:, :, :1], key, scaling=scaling).mean(1)[:, 0, special:]
-        case "cls_attention_wide":
-            query, key = (side.transpose(1, 2).flatten(2)[:, None] for side in (query[:, :, :1], key))
-            return attention_rows(query, key)[:, 0, 0, special:]
-        case "column_attention":
-            return attention_columns(query, key, scaling=scaling, skip=special)
-        case "encoder_keys":
-            return key[:, :, special:].transpose(1, 2)
-        case _:
-            return attention_received(query, key, scaling=scaling, skip=special)
-
-
-def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[tuple[Tensor, Tensor]]:
-    """Queries and keys of what attends to each other, where a whole sequence of images comes at once."""
-    if chunks is None or query.shape[2] != sum(chunks):
-        return [(query, key)]
-    return zip(query.split(chunks, dim=2), key.split(chunks, dim=2), strict=True)
 
 
 def _name(signal: Signal) -> SignalName:

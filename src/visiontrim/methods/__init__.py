@@ -3,20 +3,34 @@
 from visiontrim.methods.adsc import ADSC
 from visiontrim.methods.avgpool import AvgPool
 from visiontrim.methods.cdpruner import CDPruner
-from visiontrim.methods.controls import NoTrim, Random, Uniform
+from visiontrim.methods.controls import Fade, NoTrim, Random, Uniform
+from visiontrim.methods.crossget import CrossGET
 from visiontrim.methods.dart import DART
 from visiontrim.methods.divprune import DivPrune
+from visiontrim.methods.dycoke import DyCoke
+from visiontrim.methods.dymu import DyMU
+from visiontrim.methods.evs import EVS
 from visiontrim.methods.fastervlm import FasterVLM
 from visiontrim.methods.fastv import FastV
+from visiontrim.methods.fastvid import FastVID
 from visiontrim.methods.ficoco import FiCoCoL
+from visiontrim.methods.ficocov import FiCoCoV
 from visiontrim.methods.hiprune import HiPrune
+from visiontrim.methods.holitom import HoliTom, HoliTomInner
+from visiontrim.methods.luvc import LUVC
 from visiontrim.methods.mmtok import MMTok
+from visiontrim.methods.mustdrop import MustDrop
 from visiontrim.methods.parvts import ParVTS
+from visiontrim.methods.ppe import PPE
 from visiontrim.methods.prumerge import PruMerge, PruMergePlus
 from visiontrim.methods.prunesid import PruneSID
 from visiontrim.methods.pyramiddrop import PyramidDrop
 from visiontrim.methods.sparsevlm import SparseVLM
+from visiontrim.methods.stgridpool import STGridPool
+from visiontrim.methods.tome import ToMe
+from visiontrim.methods.turbo import Turbo
 from visiontrim.methods.v2drop import V2Drop
+from visiontrim.methods.vidcom2 import VidCom2
 from visiontrim.methods.visiontrim import VisionTrim
 from visiontrim.methods.visionzip import VisionZip
 from visiontrim.methods.vispruner import VisPruner
@@ -25,14 +39,26 @@ from visiontrim.methods.vscan import VScan
 __all__ = [
     "ADSC",
     "DART",
+    "EVS",
+    "LUVC",
+    "PPE",
     "AvgPool",
     "CDPruner",
+    "CrossGET",
     "DivPrune",
+    "DyCoke",
+    "DyMU",
+    "Fade",
     "FastV",
+    "FastVID",
     "FasterVLM",
     "FiCoCoL",
+    "FiCoCoV",
     "HiPrune",
+    "HoliTom",
+    "HoliTomInner",
     "MMTok",
+    "MustDrop",
     "NoTrim",
     "ParVTS",
     "PruMerge",
@@ -40,10 +66,14 @@ __all__ = [
     "PruneSID",
     "PyramidDrop",
     "Random",
+    "STGridPool",
     "SparseVLM",
+    "ToMe",
+    "Turbo",
     "Uniform",
     "V2Drop",
     "VScan",
+    "VidCom2",
     "VisPruner",
     "VisionTrim",
     "VisionZip",

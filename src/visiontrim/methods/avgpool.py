@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
+import torch
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import register
 from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep
-from visiontrim.ops.pool import pool_cells
+from visiontrim.ops.pool import pool_by_weight, pool_cells
 
 
 @register
@@ -34,12 +34,9 @@ class AvgPool(EncoderStep):
                 f"avgpool averages a whole grid of {view.total} tokens, but {tokens} of them are left: use it alone"
             )
         cells, middles = (part.to(view.features.device) for part in pool_cells(view.grid, count))
-        inside = F.one_hot(cells, count).float().mT
-        size = inside.sum(1)
-        features = (inside @ view.features.float() / size[:, None]).to(view.features.dtype)
         return Keep(
             middles.expand(batch, -1),
-            features,
+            pool_by_weight(view.features, torch.zeros_like(view.features[..., 0]), cells, count),
             assignment=cells.expand(batch, -1),
-            complement=(size > 1).expand(batch, -1),
+            complement=(torch.bincount(cells) > 1).expand(batch, -1),
         )

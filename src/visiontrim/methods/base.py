@@ -64,6 +64,12 @@ def required(view: View, name: str, layer: int | None = None) -> Tensor:
     return value
 
 
+def by_frame(view: View, name: str = "projected") -> Float[Tensor, "batch frames places *rest"]:
+    """A required signal of a video, float32, frame by frame."""
+    value = required(view, name).float()
+    return value.view(len(value), view.grid[0], -1, *value.shape[2:])
+
+
 def with_clusters(
     view: View,
     alone: Int[Tensor, "batch alone"],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visiontrim.core.budget import Amount, Depth, at_depths, check_amount, check_depths, spread
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import DecoderLayer, Method, Site, Step
+from visiontrim.core.method import DecoderLayer, Layers, Method, Site, Step
 from visiontrim.core.view import Keep, Signal, View
 from visiontrim.methods.checks import check_fields, require
 
@@ -70,11 +70,11 @@ class Cascade(Method):
                 check_amount(amount)
 
     def steps(self) -> tuple[Step, ...]:
-        return self.steps_on(PAPERS)
+        return self.steps_for(Layers(encoder=0, decoder=PAPERS))
 
-    def steps_on(self, num_layers: int) -> tuple[Step, ...]:
-        layers = at_depths(self.depths, num_layers)
-        return tuple(Stage(self, number, layers) for number in range(len(layers)))
+    def steps_for(self, layers: Layers) -> tuple[Step, ...]:
+        places = at_depths(self.depths, layers.decoder)
+        return tuple(Stage(self, number, places) for number in range(len(places)))
 
     def count(self, view: View, number: int, layers: tuple[int, ...]) -> int:
         """Tokens that stage ``number`` of those before ``layers`` leaves of the image."""

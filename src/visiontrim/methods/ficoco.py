@@ -33,7 +33,7 @@ from torch import Tensor
 
 from visiontrim.core.budget import Amount, Depth, at_depths, check_amount
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Positions, Step
+from visiontrim.core.method import Layers, Positions, Step
 from visiontrim.core.registry import register
 from visiontrim.core.view import Keep, Signal, View
 from visiontrim.methods.cascade import Cascade, Stage
@@ -89,10 +89,10 @@ class FiCoCoL(Cascade):
     def needs(self) -> frozenset[Signal]:
         return frozenset({"text", "queries", "keys"})
 
-    def steps_on(self, num_layers: int) -> tuple[Step, ...]:
-        (first,) = at_depths(self.depths, num_layers)
-        layers = tuple(range(first, num_layers)) or (first,)
-        return tuple(Stage(self, number, layers) for number in range(len(layers)))
+    def steps_for(self, layers: Layers) -> tuple[Step, ...]:
+        (first,) = at_depths(self.depths, layers.decoder)
+        places = tuple(range(first, layers.decoder)) or (first,)
+        return tuple(Stage(self, number, places) for number in range(len(places)))
 
     def count(self, view: View, number: int, layers: tuple[int, ...]) -> int:
         arriving = view.features.shape[1]

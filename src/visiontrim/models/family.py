@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -15,13 +15,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from visiontrim.core.errors import TrimError
-from visiontrim.models.layout import Visual
+from visiontrim.models.layout import Grid, Packing, Visual
 
 ENTRY_POINTS = "visiontrim.models"
 
 Kind = Literal["image", "video"]
 Arguments = Mapping[str, Any]
-"""What ``get_image_features`` or ``get_video_features`` was called with, by name."""
+"""What ``get_image_features`` or ``get_video_features`` was called with, by name; ``pixels`` whatever theirs is called
+(``pixel_values``, ``pixel_values_videos``, ...), which differs between releases of transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Size of an image in pixels, or of a video where ``frames`` are given."""
+
+    height: int
+    width: int
+    frames: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        return "video" if self.frames else "image"
 
 
 class Family(ABC):
@@ -47,8 +61,16 @@ class Family(ABC):
     """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
+    turns: ClassVar[bool] = True
+    """Whether a conversation can go on from its cache."""
     adjoining: ClassVar[bool] = False
     """Whether images without text between them are tiles of one image."""
+    merging: ClassVar[str] = "no"
+    """Whether tokens can be merged between the encoder's layers, in words: see :meth:`encoder_layers`."""
+    masked: ClassVar[bool] = False
+    """Whether the encoder's layers take an attention mask after the hidden states."""
+    factor: int = 1
+    """Patches along a side of what becomes one vision token behind the encoder's layers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
@@ -59,6 +81,7 @@ class Family(ABC):
         return {
             "checkpoints": cls.checkpoints,
             "vision_stage": True,
+            "merging_in_the_encoder": cls.merging,
             "language_stage": not cls.bidirectional,
             "guided_by": ["text tower", "embeddings"] if cls.text_tower else ["embeddings"],
             "scores": cls.scores,
@@ -66,7 +89,7 @@ class Family(ABC):
             "video": cls.video,
             "several_images": True,
             "batch": True,
-            "turns": not cls.bidirectional,
+            "turns": cls.turns,
         }
 
     @property
@@ -82,6 +105,10 @@ class Family(ABC):
     @abstractmethod
     def encoder(self, kind: Kind) -> Any:
         """The vision encoder."""
+
+    def input_norm(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """What decoder layer ``layer`` does first to its hidden states [..., dim]."""
+        return self.language_model.layers[layer].input_layernorm
 
     @property
     def projector(self) -> Any | None:
@@ -114,6 +141,34 @@ class Family(ABC):
         """The attention modules of the encoder's layers, in order; () if they cannot be listened to."""
         return ()
 
+    def encoder_layers(self, kind: Kind) -> Sequence[Any]:
+        """The encoder's layers, each called with hidden states [pictures, special tokens + patches, dim].
+
+        With a :meth:`packing` these are [patches, dim] of all pictures, and ``cu_seqlens``, ``max_seqlen`` and
+        ``position_embeddings`` come with them. () where tokens cannot be merged between the layers.
+        """
+        return ()
+
+    def depth(self, kind: Kind) -> int:
+        """Layers of the encoder that its output passes through."""
+        return self.scored(kind) + 1
+
+    def packing(self, kind: Kind, grids: Sequence[Grid]) -> Packing | None:
+        """How the encoder has the tokens of pictures of these grids in one sequence; None: as rows of a batch."""
+        return None
+
+    def windowed(self, kind: Kind, layer: int) -> bool:
+        """Whether an encoder layer sees windows of a picture instead of all of it."""
+        return False
+
+    def rotary(self, kind: Kind, positions: Float[Tensor, "patches 2"]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [patches, head_dim], float32, that layers with a :meth:`packing` get for (row, column)."""
+        raise NotImplementedError
+
+    def mergers(self, kind: Kind) -> Sequence[Any]:
+        """Modules behind or between the encoder's layers that make vision tokens of units of patches."""
+        return ()
+
     def scored(self, kind: Kind) -> int:
         """Number of the layer in :meth:`attentions` whose output becomes vision tokens."""
         return len(self.attentions(kind)) - 1
@@ -129,6 +184,22 @@ class Family(ABC):
         None: each image (tile, frame) is a row of a batch of its own.
         """
         return None
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        """Noise in the form in which the processor would give one such picture: for measuring without weights.
+
+        Sizes are those that the processor resizes to. Raises :class:`TrimError` for sizes that it would not give.
+        """
+        config = self.model.config.vision_config
+        sides = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        if picture.frames:
+            raise TrimError(f"{type(self).__name__} takes no videos: leave the frames out")
+        if (picture.height, picture.width) != tuple(sides):
+            raise TrimError(
+                f"{type(self).__name__} sees every image as {sides[0]} x {sides[1]} pixels, not as "
+                f"{picture.height} x {picture.width}: leave the size out"
+            )
+        return {"pixel_values": torch.randn(1, 3, *sides)}
 
     @abstractmethod
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
@@ -149,7 +220,7 @@ class Family(ABC):
     @property
     def deepstack(self) -> str | None:
         """The function of the language model that adds features of earlier encoder layers between its first layers."""
-        return None
+        return "_deepstack_process" if hasattr(self.language_model, "_deepstack_process") else None
 
     @property
     def vision_width(self) -> int | None:
@@ -195,15 +266,58 @@ def list_families() -> dict[str, type[Family]]:
     return dict(sorted(_registered.items()))
 
 
+class Generic(Family):
+    """Any model whose parts are where transformers puts them today; nothing is known of grids and attention.
+
+    Each image that ``get_image_features`` gives is a row of tokens, and methods that read the encoder's attention are
+    told that there is none.
+    """
+
+    model_types = ()
+
+    @staticmethod
+    def missing(model: Any) -> list[str]:
+        """The parts that ``model`` has not got."""
+        core = getattr(model, "model", None)
+        parts = {
+            "config.image_token_id": getattr(getattr(model, "config", None), "image_token_id", None),
+            "model.get_image_features": getattr(core, "get_image_features", None),
+            "model.language_model.layers": getattr(getattr(core, "language_model", None), "layers", None),
+        }
+        return [name for name, part in parts.items() if part is None]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        videos = getattr(self.model.config, "video_token_id", None) is not None
+        return super().kinds if videos else ("image",)
+
+    def encoder(self, kind: Kind) -> Any:
+        raise TrimError(f"the encoder of {type(self.model).__name__} is not known: CONTRIBUTING.md shows how to add it")
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        return [Visual.of_grid((1, 1, length)) for length in lengths or ()]
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers inside what peft or ``torch.compile`` made of it, which calls it by its own names."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def family_of(model: PreTrainedModel) -> Family:
-    """The facts about ``model``. Raises :class:`TrimError` for a family that is not known."""
+    """The facts about ``model``, :class:`Generic` ones if nobody wrote them down.
+
+    Raises :class:`TrimError` for a model without the parts of a vision-language model.
+    """
     known = list_families()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in known:
-        close = difflib.get_close_matches(str(model_type), known, n=1)
-        hint = f", did you mean to load it as {close[0]!r}?" if close else ""
+    if model_type in known:
+        return known[model_type](model)
+    missing = Generic.missing(model)
+    if missing:
         raise TrimError(
-            f"{type(model).__name__} (model_type {model_type!r}) is not supported{hint}: known are "
-            f"{', '.join(known)}; CONTRIBUTING.md shows how to add a family"
+            f"{type(model).__name__} (model_type {model_type!r}) is not supported: it has no {', no '.join(missing)}, "
+            f"which a model without facts of its own needs; known are {', '.join(known)}, and CONTRIBUTING.md shows "
+            "how to add a family"
         )
-    return known[model_type](model)
+    return Generic(model)

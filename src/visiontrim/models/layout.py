@@ -100,6 +100,18 @@ class Visual:
         return parts
 
 
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How an encoder that gets all pictures in one sequence has their tokens in it. Tensors are on the CPU."""
+
+    order: Int[Tensor, " tokens"]
+    """Which token, counted over all pictures in raster order, stands at each place."""
+    chunks: Sequence[int]
+    """Tokens that attend to each other, chunk after chunk."""
+    windows: Sequence[int] | None = None
+    """The same in the layers that see windows; None: there are none."""
+
+
 def with_newlines(
     is_mark: Bool[Tensor, " tokens"], overview: Grid, tile: Int[Tensor, " tokens"] | None = None
 ) -> Visual:

@@ -87,14 +87,20 @@ class Llava(LlavaLike):
     checkpoints = "LLaVA-1.5, BakLLaVA, Pixtral-12B (mistral-community)"
     scores = "[CLS] with CLIP, attention received with SigLIP and Pixtral"
     text_tower = True
+    merging = "CLIP and SigLIP"
+    masked = True
 
     def __init__(self, model) -> None:
         super().__init__(model)
         self.check_towers(*_TOWERS)
 
+    def encoder_layers(self, kind: Kind) -> Sequence[Any]:
+        # Pixtral gets all pictures in one sequence
+        return () if self.model.config.vision_config.model_type == "pixtral" else self.encoder(kind).encoder.layers
+
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         patch = self.model.config.vision_config.patch_size
-        pixels = arguments["pixel_values"]
+        pixels = arguments["pixels"]
         sizes = arguments.get("image_sizes")  # Pixtral pads images of several sizes to a common one
         if sizes is None or self.model.config.vision_config.model_type != "pixtral":
             return [Visual.of_grid((1, pixels.shape[-2] // patch, pixels.shape[-1] // patch))] * len(pixels)

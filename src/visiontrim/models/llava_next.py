@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
-from visiontrim.models.family import Arguments, Kind, register_family
+from visiontrim.core.errors import TrimError
+from visiontrim.models.family import Arguments, Kind, Picture, register_family
 from visiontrim.models.layout import Segment, Visual, with_newlines
 from visiontrim.models.llava import LlavaLike
 
@@ -25,6 +27,13 @@ class AnyRes(LlavaLike):
             values.split(counts), arguments["image_sizes"], image_newline=newline, **self._packing(arguments)
         )
         return list(images)
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        side = self.model.config.vision_config.image_size
+        if picture.frames:
+            return {"pixel_values_videos": torch.randn(1, picture.frames, 3, side, side)}
+        sizes = {"image_sizes": torch.tensor([[picture.height, picture.width]])}
+        return {"pixel_values": torch.randn(1, *self._tiles(sizes), 3, side, side)} | sizes
 
     def _packing(self, arguments: Arguments) -> dict[str, Any]:
         return {"vision_feature_select_strategy": self.model.config.vision_feature_select_strategy}
@@ -85,7 +94,7 @@ class LlavaNextVideo(LlavaNext):
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         if kind == "image":
             return super().visuals(kind, arguments, lengths)
-        videos, frames = arguments["pixel_values_videos"].shape[:2]
+        videos, frames = arguments["pixels"].shape[:2]
         _, rows, columns = self.tile
         return [Visual.of_grid((frames, rows // self._stride, columns // self._stride))] * videos
 
@@ -133,9 +142,14 @@ class LlavaOnevision(AnyRes):
 
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         if kind == "video":
-            videos, frames = arguments["pixel_values_videos"].shape[:2]
+            videos, frames = arguments["pixels"].shape[:2]
             grid = (frames, -(-self.tile[1] // 2), -(-self.tile[2] // 2))
             total = grid[0] * grid[1] * grid[2]
+            if sum(lengths or ()) == videos * total:  # this release adds the newline where no one sees it
+                raise TrimError(
+                    f"LLaVA-OneVision's video of {total} tokens came without its newline: transformers "
+                    f"{transformers.__version__} is too old for its videos, use 5.19 or newer"
+                )
             newline = Segment(grid, torch.arange(total), torch.tensor([total]))
             return [Visual(total + 1, (newline,))] * videos
         patches = self.tile[1] * self.tile[2]
@@ -145,7 +159,7 @@ class LlavaOnevision(AnyRes):
     def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
         flat = values.flatten(1)  # [patches, channels]
         if kind == "video":
-            videos, frames = arguments["pixel_values_videos"].shape[:2]
+            videos, frames = arguments["pixels"].shape[:2]
             pooled = self.core.apply_pooling(flat.view(videos * frames, self.tile[1] * self.tile[2], -1))
             pooled = F.pad(pooled.reshape(videos, -1, flat.shape[-1]), (0, 0, 0, 1)).flatten(0, 1)
         else:

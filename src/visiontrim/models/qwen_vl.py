@@ -1,27 +1,35 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size as one sequence of patches, merged 2 x 2 at its end."""
+"""Qwen-VL from 2 on, and GLM-4V, which is built alike: pictures of any size, their patches merged 2 x 2 at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from visiontrim.models.family import Arguments, Family, Kind, register_family
-from visiontrim.models.layout import Visual
+from visiontrim.core.errors import TrimError
+from visiontrim.models.family import Arguments, Family, Kind, Picture, register_family
+from visiontrim.models.layout import Grid, Packing, Visual
 
 
 @register_family
 class QwenVL(Family):
     """Tokens are selected after the merger. The encoder has no [CLS]: attention received, pooled over the unit."""
 
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     checkpoints = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
     scores = "attention received, mean over each merged unit"
     unit = "image, video, or frame"
     video = True
     mrope = True
+    merging = "whole merged units"
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.factor = self.encoder("image").spatial_merge_size
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.visual
@@ -29,36 +37,87 @@ class QwenVL(Family):
     def attentions(self, kind: Kind) -> Sequence[Any]:
         return [block.attn for block in self.encoder(kind).blocks]
 
+    def encoder_layers(self, kind: Kind) -> Sequence[Any]:
+        return self.encoder(kind).blocks
+
+    def mergers(self, kind: Kind) -> Sequence[Any]:
+        encoder = self.encoder(kind)
+        return (encoder.merger, *getattr(encoder, "deepstack_merger_list", ()))
+
+    def depth(self, kind: Kind) -> int:
+        return len(self.encoder(kind).blocks)
+
+    def windowed(self, kind: Kind, layer: int) -> bool:
+        full = getattr(self.encoder(kind), "fullatt_block_indexes", None)
+        return full is not None and layer not in full
+
     def scored(self, kind: Kind) -> int:
         """The last layer in which all patches of a frame attend to each other."""
-        full = getattr(self.encoder(kind), "fullatt_block_indexes", None)
-        return max(full) if full else super().scored(kind)
+        whole = [layer for layer in range(self.depth(kind)) if not self.windowed(kind, layer)]
+        return whole[-1] if whole else super().scored(kind)
+
+    def packing(self, kind: Kind, grids: Sequence[Grid]) -> Packing:
+        chunks = [rows * columns for frames, rows, columns in grids for _ in range(frames)]
+        encoder = self.encoder(kind)
+        if not hasattr(encoder, "fullatt_block_indexes"):
+            return Packing(torch.arange(sum(chunks)), chunks)
+        factor = self.factor
+        patches = torch.tensor([(frames, rows * factor, columns * factor) for frames, rows, columns in grids])
+        order, ends = get_vision_window_index(patches, factor, encoder.window_size, encoder.patch_size)
+        return Packing(order, chunks, (ends.diff() // factor**2).tolist())
+
+    def rotary(self, kind: Kind, positions: Float[Tensor, "patches 2"]) -> tuple[Tensor, Tensor]:
+        frequencies = self.encoder(kind).rotary_pos_emb.inv_freq.float()
+        angles = (positions[..., None] * frequencies.to(positions.device)).flatten(1)
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos(), angles.sin()
 
     def _grids(self, kind: Kind, arguments: Arguments) -> Tensor:
         return arguments.get(f"{kind}_grid_thw", arguments.get("image_grid_thw"))
-
-    @property
-    def deepstack(self) -> str | None:
-        return "_deepstack_process" if hasattr(self.language_model, "_deepstack_process") else None
 
     def chunks(self, kind: Kind, arguments: Arguments) -> list[int]:
         return [
             rows * columns for frames, rows, columns in self._grids(kind, arguments).tolist() for _ in range(frames)
         ]
 
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        config = self.model.config.vision_config
+        unit, time = config.patch_size * config.spatial_merge_size, config.temporal_patch_size
+        if picture.height % unit or picture.width % unit or picture.frames % time:
+            raise TrimError(
+                f"{type(self).__name__} sees images in units of {unit} x {unit} pixels and {time} frames, into which "
+                f"{picture.height} x {picture.width} x {picture.frames} cannot be cut: give multiples"
+            )
+        rows, columns = picture.height // config.patch_size, picture.width // config.patch_size
+        grid = torch.tensor([[max(picture.frames // time, 1), rows, columns]])
+        pixels = torch.randn(int(grid.prod()), 3 * time * config.patch_size**2)
+        name = "pixel_values_videos" if picture.frames else "pixel_values"
+        return {name: pixels, f"{picture.kind}_grid_thw": grid}
+
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
-        merge = self.encoder(kind).spatial_merge_size
+        return [Visual.of_grid(grid) for grid in self._tokens(kind, arguments)]
+
+    def _tokens(self, kind: Kind, arguments: Arguments) -> list[Grid]:
         return [
-            Visual.of_grid((frames, rows // merge, columns // merge))
+            (frames, rows // self.factor, columns // self.factor)
             for frames, rows, columns in self._grids(kind, arguments).tolist()
         ]
 
     def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
-        encoder = self.encoder(kind)
-        merged = values.view(-1, encoder.spatial_merge_size**2, *values.shape[1:]).mean(1)
-        if not hasattr(encoder, "fullatt_block_indexes"):
-            return merged
-        # Qwen2.5-VL has the units window by window
-        grids = self._grids(kind, arguments)
-        order, _ = get_vision_window_index(grids, encoder.spatial_merge_size, encoder.window_size, encoder.patch_size)
+        merged = values.view(-1, self.factor**2, *values.shape[1:]).mean(1)
+        order = self.packing(kind, self._tokens(kind, arguments)).order
         return merged[order.argsort().to(merged.device)]
+
+
+@register_family
+class Glm(QwenVL):
+    """Pictures as Qwen-VL has them. The frames of a video stand in the placeholders of images: images only."""
+
+    model_types = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")
+    checkpoints = "GLM-4.1V, GLM-4.5V, GLM-4.6V, GLM-OCR"
+    unit = "image"
+    video = False
+    merging = "no"
+
+    def encoder_layers(self, kind: Kind) -> Sequence[Any]:
+        return ()  # a convolution joins the units behind the layers

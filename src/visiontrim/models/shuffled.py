@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visiontrim.models.family import Arguments, Family, Kind, register_family
+from visiontrim.core.errors import TrimError
+from visiontrim.models.family import Arguments, Family, Kind, Picture, register_family
 from visiontrim.models.layout import Grid, Visual, equal_grids
 
 
 class _Square(Family):
     """Tiles of one square size, whose patches are merged ``factor`` x ``factor``."""
-
-    factor: int
 
     @property
     def side(self) -> int:
@@ -47,16 +46,37 @@ class InternVL(_Square):
     scores = "[CLS] of each tile, mean over each shuffled unit"
     unit = "image with its tiles, or tile"
     adjoining = True
+    merging = "whole shuffled units"
 
     def __init__(self, model) -> None:
         super().__init__(model)
         self.factor = round(1 / self.model.config.downsample_ratio)
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        """An image of several tiles gets an overview after them."""
+        side = self.model.config.vision_config.image_size[0]
+        if picture.frames or picture.height % side or picture.width % side:
+            raise TrimError(
+                f"InternVL sees images as tiles of {side} x {side} pixels, into which {picture.height} x "
+                f"{picture.width} x {picture.frames} cannot be cut: give multiples, and a video as images"
+            )
+        tiles = picture.height // side * (picture.width // side)
+        return {"pixel_values": torch.randn(tiles + (tiles > 1), 3, side, side)}
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_tower
 
     def attentions(self, kind: Kind) -> Sequence[Any]:
         return [layer.attention for layer in self.encoder(kind).encoder.layer]
+
+    def encoder_layers(self, kind: Kind) -> Sequence[Any]:
+        return self.encoder(kind).encoder.layer
+
+    def mergers(self, kind: Kind) -> Sequence[Any]:
+        return (self.core.multi_modal_projector,)
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        return [Visual.of_grid(self.tile)] * len(arguments["pixels"])
 
     def scored(self, kind: Kind) -> int:
         state = self.model.config.vision_feature_layer % (len(self.attentions(kind)) + 1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visiontrim.models.family import Arguments, Kind, register_family
+from visiontrim.models.family import Arguments, Kind, Picture, register_family
 from visiontrim.models.layout import Segment, Visual
 from visiontrim.models.llava import LlavaLike
 
@@ -30,10 +30,18 @@ class VideoLlava(LlavaLike):
     def encoder(self, kind: Kind) -> Any:
         return self.core.image_tower if kind == "image" else self.core.video_tower
 
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        pixels = super().noise(Picture(picture.height, picture.width))["pixel_values"]
+        return (
+            {"pixel_values_videos": pixels.expand(picture.frames, -1, -1, -1)[None]}
+            if picture.frames
+            else {"pixel_values": pixels}
+        )
+
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         if kind == "image":
-            return [Visual.of_grid(self.tile)] * len(arguments["pixel_values"])
-        videos, frames = arguments["pixel_values_videos"].shape[:2]
+            return [Visual.of_grid(self.tile)] * len(arguments["pixels"])
+        videos, frames = arguments["pixels"].shape[:2]
         _, rows, columns = self.tile
         places = torch.arange(frames * (1 + rows * columns)).view(frames, -1)
         segment = Segment((frames, rows, columns), places[:, 1:].flatten(), places[:, 0], marks_stay=True)

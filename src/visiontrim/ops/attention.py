@@ -16,13 +16,14 @@ def attention_rows(
     causal: bool = False,
     key_mask: Bool[Tensor, "batch keys"] | None = None,
     softcap: float | None = None,
+    bias: Float[Tensor, "batch keys"] | None = None,
 ) -> Float[Tensor, "batch heads rows keys"]:
     """Attention probabilities of the queries ``rows`` over all keys, float32, in O(heads x rows x keys) memory.
 
     Queries and keys as the attention function gets them: position-encoded, the heads of ``key`` each shared by
     ``heads / kv_heads`` query heads. The queries are the last ones of the keys (a key-value cache may come before
     them), which is what ``causal`` counts from. ``key_mask`` is False for padding. ``scaling`` is 1/sqrt(dim) unless
-    given. A row that may attend to nothing is all zeros.
+    given. ``bias`` is added to the logits of each key. A row that may attend to nothing is all zeros.
     """
     queries, keys = query.shape[2], key.shape[2]
     if isinstance(rows, slice):
@@ -31,6 +32,8 @@ def attention_rows(
     logits = _logits(picked, key, scaling)
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
+    if bias is not None:
+        logits = logits + bias[:, None, None]
     if causal:
         allowed = torch.arange(keys, device=key.device) <= (rows + keys - queries)[:, None, :, None]
     else:
@@ -48,18 +51,21 @@ def attention_received(
     scaling: float | None = None,
     chunk: int | None = None,
     skip: int = 1,
+    bias: Float[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch patches"]:
     """Mean attention that each patch of a vision encoder receives from the *other* patches, mean over heads, float32.
 
     The first ``skip`` tokens are special ones ([CLS], registers): they take part in the softmax, but give and receive
-    nothing here. What a patch gives to itself is left out, and the divisor is the number of other patches.
+    nothing here. What a patch gives to itself is left out, and the divisor is the number of other patches. ``bias`` is
+    added to the logits of each key.
     Holds the rows of ``chunk`` queries at a time; None: as many as make 2^24 probabilities, 64 MB.
     """
     tokens = query.shape[2]
     chunk = chunk or _rows_at_a_time(query)
     received = query.new_zeros(len(query), tokens - skip, dtype=torch.float32)
     for start in range(skip, tokens, chunk):
-        probabilities = _logits(query[:, :, start : start + chunk], key, scaling).softmax(-1)
+        logits = _logits(query[:, :, start : start + chunk], key, scaling)
+        probabilities = (logits if bias is None else logits + bias[:, None, None]).softmax(-1)
         probabilities.diagonal(offset=start, dim1=-2, dim2=-1).zero_()
         received += probabilities[..., skip:].mean(1).sum(1)
     return received / max(tokens - skip - 1, 1)
@@ -72,17 +78,20 @@ def attention_columns(
     scaling: float | None = None,
     chunk: int | None = None,
     skip: int = 1,
+    bias: Float[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch patches"]:
     """Mean attention that each patch receives from all tokens, itself and special ones included, mean over heads.
 
-    The column means of the attention map, without the columns of the first ``skip`` tokens; float32. Holds the rows of
-    ``chunk`` queries at a time; None: as many as make 2^24 probabilities, 64 MB.
+    The column means of the attention map, without the columns of the first ``skip`` tokens; float32. ``bias`` is added
+    to the logits of each key. Holds the rows of ``chunk`` queries at a time; None: as many as make 2^24 probabilities,
+    64 MB.
     """
     tokens = query.shape[2]
     chunk = chunk or _rows_at_a_time(query)
     received = query.new_zeros(len(query), tokens - skip, dtype=torch.float32)
     for start in range(0, tokens, chunk):
-        probabilities = _logits(query[:, :, start : start + chunk], key, scaling).softmax(-1)
+        logits = _logits(query[:, :, start : start + chunk], key, scaling)
+        probabilities = (logits if bias is None else logits + bias[:, None, None]).softmax(-1)
         received += probabilities[..., skip:].mean(1).sum(1)
     return received / tokens
 

@@ -1,4 +1,4 @@
-"""Groups of tokens: principal components over the token axis, ranks and suppression inside groups, quotas."""
+"""Groups of tokens: principal components over the token axis, ranks and suppression inside groups, quotas, counts."""
 
 from __future__ import annotations
 
@@ -38,6 +38,22 @@ def rank_within(
     begins = F.pad(sorted_group[:, 1:] != sorted_group[:, :-1], (1, 0), value=True)
     start = torch.where(begins, place, 0).cummax(1).values
     return torch.empty_like(group).scatter(1, order, place - start)
+
+
+def first_members(
+    group: Int[Tensor, "batch tokens"], score: Float[Tensor, "batch tokens"], groups: int, count: int
+) -> Int[Tensor, "batch {groups} {count}"]:
+    """The ``count`` tokens of each group with the highest score, ties by index; a smaller group begins anew.
+
+    ``group`` numbers the groups from 0; a group without tokens gets -1.
+    """
+    rank = rank_within(group, score)
+    place = torch.where(rank < count, group * count + rank, groups * count)  # the last entry: all further members
+    table = torch.full_like(group[:, :1], -1).repeat(1, groups * count + 1)
+    table.scatter_(1, place, torch.arange(group.shape[1], device=group.device).expand_as(group))
+    size = torch.zeros_like(table[:, :groups]).scatter_add_(1, group, torch.ones_like(group))
+    turn = torch.arange(count, device=group.device) % size[..., None].clamp(min=1)
+    return table[:, :-1].view(len(group), groups, count).gather(2, turn)
 
 
 def suppressed(
@@ -84,3 +100,19 @@ def quotas(
     missing = count - share.sum(1, keepdim=True)
     given = torch.minimum((missing - (room.cumsum(1) - room)).clamp(min=0), room)
     return share + torch.zeros_like(share).scatter(1, order, given)
+
+
+def nearest_counts(
+    targets: Float[Tensor, "batch groups"], sizes: Int[Tensor, "batch groups"], count: int, least: int = 0
+) -> Int[Tensor, "batch groups"]:
+    """Whole numbers that sum up to ``count`` and are as near to ``targets`` as can be, by the sum of squares.
+
+    Each is at most the size of its group and at least ``least`` (or the size). Where the targets sum up to ``count``,
+    this is rounding with the largest remainders, ties to the earlier group. Needs groups x least <= count <= sum of
+    sizes. Holds groups x largest size numbers.
+    """
+    token = torch.arange(1, int(sizes.max()) + 1, device=sizes.device)
+    gain = targets.double()[..., None] - token  # by which the j-th token brings a group nearer
+    gain = gain.masked_fill(token <= least, torch.inf).masked_fill(token > sizes[..., None], -torch.inf)
+    best = gain.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return torch.zeros_like(sizes).scatter_add(1, best // len(token), torch.ones_like(best))

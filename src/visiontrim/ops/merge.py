@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from visiontrim.ops.groups import rank_within
 from visiontrim.ops.select import gather
 
-Rule = Literal["mean", "add"]
-"""What a centre becomes: the mean of itself and its members, or itself plus the mean of its members."""
+Rule = Literal["mean", "add", "halve"]
+"""What a centre becomes: the mean of itself and its members, itself plus the mean of its members, or what is left when
+it is replaced by its mean with each member in turn, in the order of their indices."""
 
 
 class Merged(NamedTuple):
@@ -46,8 +48,16 @@ def merge_into_nearest(
     assignment = torch.where(own < 0, nearest, own)
     weights = torch.zeros(*features.shape[:2], index.shape[1], device=features.device)
     weights.scatter_(-1, nearest[..., None], (own < 0).float()[..., None])
-    total, members = weights.mT @ values, weights.sum(1)[..., None]
-    merged = (centres + total) / (1 + members) if rule == "mean" else centres + total / members.clamp(min=1)
+    members = weights.sum(1)[..., None]
+    if rule == "halve":
+        position = torch.arange(features.shape[1], device=features.device).expand_as(own).float()
+        later = rank_within(assignment, position, own >= 0)  # members of the same centre that come after
+        weights = weights * 0.5 ** (later + 1.0)[..., None]
+    total = weights.mT @ values
+    if rule == "halve":
+        merged = centres * 0.5**members + total
+    else:
+        merged = (centres + total) / (1 + members) if rule == "mean" else centres + total / members.clamp(min=1)
     merged = torch.where(members > 0, merged, centres)
     return Merged(merged.to(features.dtype), assignment, members[..., 0].long())
 

@@ -1,14 +1,14 @@
-"""Average pooling of a grid to any number of cells."""
+"""Pooling of a grid to any number of cells."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from visiontrim.ops.select import even_shares, lattice_rows
+from visiontrim.ops.select import even_shares, gather, lattice_rows
 
 
 def pool_cells(grid: tuple[int, int, int], count: int) -> tuple[Int[Tensor, " total"], Int[Tensor, " {count}"]]:
@@ -37,3 +37,24 @@ def _cuts(length: int, shares: list[int]) -> Iterator[tuple[int, int, int]]:
     for size, share in zip(even_shares(length, len(shares)), shares, strict=True):
         yield start, size, share
         start += size
+
+
+def pool_by_weight(
+    values: Float[Tensor, "batch tokens dim"],
+    logits: Float[Tensor, "batch tokens"],
+    cells: Int[Tensor, " tokens"],
+    count: int,
+) -> Float[Tensor, "batch {count} dim"]:
+    """Mean of each cell's tokens, weighted by the softmax of ``logits`` over the cell, in the dtype of ``values``.
+
+    ``cells`` numbers each token's cell, as :func:`pool_cells` does; none is empty. Equal logits give plain means.
+    float32 inside; holds count x largest cell tokens, no map.
+    """
+    sizes = torch.bincount(cells, minlength=count)
+    order = cells.sort(stable=True).indices
+    place = torch.arange(int(sizes.max()), device=cells.device)
+    absent = place >= sizes[:, None]
+    members = order[((sizes.cumsum(0) - sizes)[:, None] + place).clamp(max=len(cells) - 1)]
+    weights = logits.float()[:, members].masked_fill(absent, -torch.inf).softmax(-1)
+    inside = gather(values.float(), members.flatten().expand(len(values), -1)).view(*weights.shape, -1)
+    return (weights[..., None] * inside).sum(2).to(values.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -32,3 +32,19 @@ def crosses(
     board = board.scatter(1, place, chosen)
     steps = (1, -1, width, -width)
     return torch.stack([board.gather(1, place + step) for step in steps]).any(0)
+
+
+def penalise_peaks(
+    score: Float[Tensor, "batch tokens"], window: Int[Tensor, "batch tokens"], count: int
+) -> Float[Tensor, "batch tokens"]:
+    """``score`` with the largest of each of ``count`` windows made larger: doubled if positive, halved if negative.
+
+    Of equal scores the first is the largest (FiCoCo's local penalty, arXiv 2411.17686).
+    """
+    largest = score.new_full((len(score), count), -torch.inf).scatter_reduce(1, window, score, "amax")
+    tokens = score.shape[1]
+    place = torch.arange(tokens, device=score.device).expand_as(window)
+    candidate = torch.where(score == largest.gather(1, window), place, tokens)
+    first = window.new_full((len(score), count), tokens).scatter_reduce(1, window, candidate, "amin")
+    peak = place == first.gather(1, window)
+    return torch.where(peak, torch.where(score > 0, score * 2, score / 2), score)

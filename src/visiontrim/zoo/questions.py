@@ -1,4 +1,4 @@
-"""The closed vocabulary of the bundled model and the seven types of questions that it was trained to answer.
+"""The closed vocabulary of the bundled model and the types of questions that it was trained to answer.
 
 Questions are written as the word-level tokenizer wants them, lower case and with the question mark standing alone:
 "what color is the star ?". :func:`normalise` brings what a person types into this form.
@@ -20,12 +20,13 @@ WORDS = (
     "?", "what", "color", "is", "the", "shape", "digit", "letter", "where", "how", "many", "there", "a",
     "left", "right", "top", "bottom", "of", "above", "yes", "no", "objects", "center", "background", "and", "photo",
     *COLORS, *SHAPES, *DIGITS, *LETTERS,
+    "below", "moved", "appeared",
 )
 # fmt: on
-"""The vocabulary; the position of a word is its token id."""
+"""The vocabulary; the position of a word is its token id, so new words come last."""
 
-ASKABLE = frozenset(WORDS[WORDS.index("?") + 1 :])
-"""The words that a question may hold: all but the markers and the question mark."""
+ASKABLE = frozenset(WORDS[WORDS.index("?") + 1 : WORDS.index("moved")])
+"""The words that a question to the bundled model may hold: no markers, no question mark, nothing of videos."""
 
 CHARACTERS = DIGITS + LETTERS
 
@@ -55,12 +56,17 @@ class Question:
     """One of TYPES."""
     text: str
     answer: str
+    found: Object | None = None
+    """The object that a question of several steps leads to; the question does not name it."""
 
 
 def ask(rng: random.Random, objects: Sequence[Object], type: str) -> Question | None:
     """A question of this type with exactly one right answer, or None if the scene (or the draw) allows none."""
-    pair = _ASK[type](rng, objects)
-    return None if pair is None else Question(type, *pair)
+    parts = _ASK[type](rng, objects)
+    if parts is None:
+        return None
+    text, answer, found = parts if len(parts) == 3 else (*parts, None)
+    return Question(type, text, answer, found)
 
 
 def _color(rng: random.Random, objects: Sequence[Object]) -> tuple[str, str] | None:
@@ -171,6 +177,56 @@ def _rel(rng: random.Random, objects: Sequence[Object]) -> tuple[str, str] | Non
     return None
 
 
+def _side(rng: random.Random, objects: Sequence[Object]) -> tuple[str, str, Object] | None:
+    """what color is the digit left of the star ?  Several digits, one of them there by at least 12 pixels.
+
+    The others are on the other side by as much, and at least one of them has another colour.
+    """
+    kinds = Counter(o.kind for o in objects)
+    choices = []
+    for reference in _unique(objects):
+        for kind in _distinct(o.kind for o in objects):
+            group = [o for o in objects if o.kind == kind]
+            if kind == reference.kind or len(group) < 2:
+                continue
+            for relation, sign, axis in _SIDES:
+                far = [sign * (getattr(o, axis) - getattr(reference, axis)) for o in group]
+                there = [o for o, distance in zip(group, far, strict=True) if distance > 0]
+                clear = min(map(abs, far)) >= 12
+                if clear and len(there) == 1 and any(o.color != there[0].color for o in group):
+                    choices.append((kind, relation, reference, there[0]))
+    if not choices:
+        return None
+    kind, relation, reference, found = rng.choice(choices)
+    short = kinds[reference.kind] == 1 and rng.random() < 0.4
+    name = reference.kind if short else f"{reference.color} {reference.kind}"
+    return f"what color is the {kind} {relation} the {name} ?", found.color, found
+
+
+_SIDES = (("left of", -1, "x"), ("right of", 1, "x"), ("above", -1, "y"), ("below", 1, "y"))
+
+
+def _hop(rng: random.Random, objects: Sequence[Object]) -> tuple[str, str, Object] | None:
+    """what digit is the color of the star ? / what shape is the color of the 7 ?  One other object has that colour."""
+    kinds, values = Counter(o.kind for o in objects), Counter(o.value for o in objects)
+    choices = []
+    for reference in objects:
+        names = [reference.kind] if kinds[reference.kind] == 1 else []
+        names += [reference.value] if reference.value and values[reference.value] == 1 else []
+        for noun in ("digit", "letter", "shape") if names else ():
+            same = [o for o in objects if o is not reference and o.color == reference.color and _is(o, noun)]
+            if len(same) == 1 and not _is(reference, noun):
+                choices.append((noun, rng.choice(names), same[0]))
+    if not choices:
+        return None
+    noun, name, found = rng.choice(choices)
+    return f"what {noun} is the color of the {name} ?", found.value or found.kind, found
+
+
+def _is(obj: Object, noun: str) -> bool:
+    return obj.kind == noun or (noun == "shape" and not obj.value)
+
+
 def _unique(objects: Sequence[Object]) -> list[Object]:
     """The objects that colour and kind name without doubt."""
     names = Counter((o.color, o.kind) for o in objects)
@@ -181,7 +237,8 @@ def _distinct(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-_ASK: dict[str, Callable[[random.Random, Sequence[Object]], tuple[str, str] | None]] = {
+_Parts = tuple[str, str] | tuple[str, str, Object]
+_ASK: dict[str, Callable[[random.Random, Sequence[Object]], _Parts | None]] = {
     "color": _color,
     "shape": _shape,
     "read": _read,
@@ -189,8 +246,11 @@ _ASK: dict[str, Callable[[random.Random, Sequence[Object]], tuple[str, str] | No
     "count": _count,
     "pos": _pos,
     "rel": _rel,
+    "side": _side,
+    "hop": _hop,
 }
 TYPES = tuple(_ASK)
+"""The last two need several steps: to find one object, and from it another one."""
 
 _SPELLINGS = {"colour": "color", "an": "a", "centre": "center"}
 
@@ -209,8 +269,9 @@ def normalise(question: str) -> str:
         problem = f"the bundled model does not know {', '.join(map(repr, unknown))}" if unknown else "an empty question"
         raise TrimError(
             f"{problem}: ask 'what color is the star?', 'what shape is red?', 'what is the red digit?', "
-            "'is there a red star?', 'how many red objects?', 'where is the red star?' or "
-            f"'is the star above the digit?'; colors: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; "
+            "'is there a red star?', 'how many red objects?', 'where is the red star?', "
+            "'is the star above the digit?', 'what color is the digit left of the star?' or "
+            f"'what digit is the color of the star?'; colors: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; "
             f"digits 0-9; letters {' '.join(LETTERS)}"
         )
     return " ".join([*words, "?"])

@@ -1,9 +1,10 @@
-"""Procedural scenes: the pictures that the bundled model was trained on and is tested with.
+"""Procedural scenes: the pictures that the bundled models were trained on and are tested with.
 
 A scene has 192 x 192 pixels, 24 x 24 = 576 patches of 8 pixels: a muted noisy background, clutter of low saturation and
-4 to 9 coloured objects, each a shape, a digit or a letter. An object covers about five patches and all objects together
-about one patch in twenty, so an answer dies when the wrong tokens are removed. Besides the pixels a scene knows which
-object owns which patch.
+coloured objects, each a shape, a digit or a letter: 4 to 9 in the standard world, up to 14 smaller ones in the hard
+world and up to 23 in the dense one, many of them alike in colour or kind. All objects together cover about one patch in
+twenty, so an answer dies when the wrong tokens are removed. Besides the pixels a scene knows which object owns which
+patch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,7 @@ FONT = Path(__file__).parent / "DejaVuSans-Bold-subset.ttf"
 MIN_OWNED_PIXELS = 12
 """An object owns a patch when it covers at least this many of its 64 pixels, and more of them than any other object."""
 
+Range = tuple[float, float]
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
@@ -79,29 +82,74 @@ class Scene:
     """For each patch, row-major, 0 for background or i for ``objects[i - 1]``; [576] integers."""
 
 
-def draw_scene(seed: int) -> Scene:
-    """The scene of this seed, always the same one."""
-    rng = random.Random(seed)
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the scenes of a kind have in common; lengths in pixels, ranges include their ends."""
+
+    name: str
+    objects: tuple[int, int] = (4, 9)
+    clutter: tuple[int, int] = (3, 12)
+    """Lines and blobs of low saturation."""
+    character_radius: Range = (6.5, 9)
+    small_radius: Range = (6, 8.5)
+    """Of seven shapes in ten."""
+    large_radius: Range = (8.5, 13)
+    alike: float = 0.0
+    """Share of the objects that repeat the colour or the kind of an earlier one, but not both."""
+
+
+STANDARD = World("standard")
+HARD = World("hard", (9, 14), (8, 20), (5, 6.5), (4.5, 6), (6, 7.5), 0.5)
+"""Three in ten of the training scenes."""
+DENSE = World("dense", (16, 23), (14, 28), (4.25, 5.25), (3.75, 4.75), (4.75, 6), 0.75)
+"""Only tested with: more and smaller objects, more clutter and more that is alike than training shows."""
+WORLDS = {world.name: world for world in (STANDARD, HARD, DENSE)}
+
+Placed = tuple[Object, RGB]
+"""An object with its colour in the picture."""
+
+
+def draw_scene(seed: int, world: World = STANDARD) -> Scene:
+    """The scene of this seed in this world, always the same one."""
+    rng = random.Random(seed if world == STANDARD else f"{world.name} {seed}")
+    background = draw_background(rng, world)
+    return paint(rng, np.random.default_rng(seed), background, place_objects(rng, world))
+
+
+def draw_background(rng: random.Random, world: World) -> Image.Image:
+    """A muted plain with clutter."""
     gray = rng.randint(60, 190)
     image = Image.new("RGB", (SIZE, SIZE), _tint(rng, (gray, gray, gray), 18))
+    canvas = ImageDraw.Draw(image)
+    for _ in range(rng.randint(*world.clutter)):
+        _draw_clutter(rng, canvas)
+    return image
+
+
+def place_objects(rng: random.Random, world: World) -> list[Placed]:
+    """As many objects as the world wants and have room, none touching another one."""
+    palette = rng.sample(list(COLORS), rng.randint(3, 6))
+    shapes = rng.sample(SHAPES, rng.randint(2, 5))
+    placed: list[Placed] = []
+    for _ in range(rng.randint(*world.objects)):
+        new = _place_object(rng, world, [obj for obj, _ in placed], palette, shapes)
+        if new is not None:  # else no room is left for an object of this size
+            placed.append(new)
+    return placed
+
+
+def paint(
+    rng: random.Random, noise_rng: np.random.Generator, background: Image.Image, placed: Sequence[Placed]
+) -> Scene:
+    """The scene with these objects in front of ``background``."""
+    image = background.copy()
     # Every object is painted a second time, its number as the colour, to know afterwards which pixels are its own.
     owners = Image.new("L", (SIZE, SIZE), 0)
     canvas, owner_canvas = ImageDraw.Draw(image), ImageDraw.Draw(owners)
-    for _ in range(rng.randint(3, 12)):
-        _draw_clutter(rng, canvas)
-
-    palette = rng.sample(list(COLORS), rng.randint(3, 6))
-    shapes = rng.sample(SHAPES, rng.randint(2, 5))
-    objects: list[Object] = []
-    for _ in range(rng.randint(4, 9)):
-        placed = _place_object(rng, objects, palette, shapes)
-        if placed is None:  # no room left for an object of this size
-            continue
-        obj, fill = placed
-        objects.append(obj)
-        _draw_object(obj, fill, canvas, len(objects), owner_canvas)
-
-    return Scene(_add_noise(rng, np.random.default_rng(seed), image), tuple(objects), _patch_owner(owners, objects))
+    for number, (obj, fill) in enumerate(placed, 1):
+        _draw_object(obj, fill, canvas, number, owner_canvas)
+    objects = [obj for obj, _ in placed]
+    return Scene(_add_noise(rng, noise_rng, image), tuple(objects), _patch_owner(owners, objects))
 
 
 def _tint(rng: random.Random, color: RGB, amount: int) -> RGB:
@@ -123,29 +171,46 @@ def _draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw) -> None:
 
 
 def _place_object(
-    rng: random.Random, placed: list[Object], palette: list[str], shapes: list[str]
-) -> tuple[Object, RGB] | None:
+    rng: random.Random, world: World, placed: list[Object], palette: list[str], shapes: list[str]
+) -> Placed | None:
     """A new object away from those already placed, and its colour with a tint; None if 30 tries found no room."""
     u = rng.random()
     kind = "digit" if u < 0.25 else "letter" if u < 0.40 else rng.choice(shapes)
+    color = None
+    if placed and world.alike and rng.random() < world.alike:
+        other = rng.choice(placed)
+        if rng.random() < 0.5:
+            kind, color = other.kind, rng.choice([name for name in palette if name != other.color])
+        elif kind != other.kind:
+            color = other.color
     if kind in ("digit", "letter"):
-        radius = rng.uniform(6.5, 9)
+        radius = rng.uniform(*world.character_radius)
     else:
-        radius = rng.uniform(6, 8.5) if rng.random() < 0.7 else rng.uniform(8.5, 13)
-    margin = 2 if radius > PATCH else 1  # patches between a centre and the border of the picture
+        radius = rng.uniform(*(world.small_radius if rng.random() < 0.7 else world.large_radius))
+    margin = margin_of(radius)
     for _ in range(30):
         # 2 to 6 of 8 pixels into a patch: which patch holds the centre is never a matter of a pixel
         x = PATCH * rng.randint(margin, GRID - 1 - margin) + rng.uniform(2, 6)
         y = PATCH * rng.randint(margin, GRID - 1 - margin) + rng.uniform(2, 6)
-        if all((x - o.x) ** 2 + (y - o.y) ** 2 > (radius + o.radius + 4) ** 2 * 1.15 for o in placed):
+        if is_free(x, y, radius, placed):
             break
     else:
         return None
-    color = rng.choice(palette)
+    color = color or rng.choice(palette)
     fill = _tint(rng, COLORS[color], 18)
     value = {"digit": DIGITS, "letter": LETTERS}.get(kind)
     patch = int(y // PATCH) * GRID + int(x // PATCH)
     return Object(kind, color, rng.choice(value) if value else None, x, y, radius, patch), fill
+
+
+def margin_of(radius: float) -> int:
+    """Patches between the centre of an object and the border of the picture."""
+    return 2 if radius > PATCH else 1
+
+
+def is_free(x: float, y: float, radius: float, objects: Sequence[Object]) -> bool:
+    """Whether an object would keep its distance from others."""
+    return all((x - o.x) ** 2 + (y - o.y) ** 2 > (radius + o.radius + 4) ** 2 * 1.15 for o in objects)
 
 
 def _draw_object(

@@ -17,7 +17,7 @@ from visiontrim.zoo.training.symbolic import PAD, WORD_ID, VisionTokens, word_em
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the decoder. Its 8 layers of the default size have 2.4 M weights, 4.8 MB in float16."""
+    """Sizes of the decoder. Its 8 layers of the default size have 2.4 M weights, 4.7 MB in float16."""
 
     layers: int = 8
     hidden: int = 192
@@ -103,7 +103,7 @@ def forward(model: LlamaForCausalLM, vision: VisionTokens, packed: Packed, seen_
     position = torch.cat([before, IMAGE_START + vision.patch, packed.position], dim=1)
     rotary = llama.rotary_emb(hidden, position_ids=position)
     image_end = IMAGE_START + tokens
-    mask = attention_mask(packed.number, image_end)
+    mask = attention_mask(packed.conversation, image_end)
     blind = mask.clone()
     blind[:, :, image_end:, IMAGE_START:image_end] = False
 

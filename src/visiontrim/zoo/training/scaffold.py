@@ -1,7 +1,8 @@
 """Supervision of a few attention heads in training, which lays out where a decoder retrieves what.
 
 Without it a decoder of this size finds no way to existence, counting and relations in reasonable time. It adds nothing
-to the model: its losses read the attention of four layers, and a linear probe that is thrown away.
+to the model: its losses read the attention of five layers, and a linear probe that is thrown away. They are for the
+beginning; a decoder that ships is trained without them in the end.
 
 ========  =====  ==============================  ==============================================================
 layer     head   from                            to
@@ -10,9 +11,10 @@ bind      2      kind, in "red star"             its colour
 find      1      noun                            all patches of the objects that it names, <s> if none
 count     0      noun                            <s> and the centre patches of the n objects, 1 / (n + 1) each
 answer    0, 1   ASSISTANT:, "top" of "top left"  first noun, last noun
+hop       2      ASSISTANT:                      all patches of the object that the nouns lead to: the digit left of ...
 ========  =====  ==============================  ==============================================================
 
-Where ``find`` and ``count`` lie decides until which layer vision tokens are needed.
+Where ``find``, ``count`` and ``hop`` lie decides until which layer vision tokens are needed.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Placement:
     find: int
     count: int
     answer: int
+    hop: int
 
 
 class Noun(NamedTuple):
@@ -93,14 +96,22 @@ class References(NamedTuple):
     """Which objects it names; object 0, the background, is never named."""
 
 
+class Hops(NamedTuple):
+    """The questions of several steps in packed questions, a row each."""
+
+    scene: Int[Tensor, " hops"]
+    ask: Int[Tensor, " hops"]
+    found: Int[Tensor, " hops"]
+    """The object that the question leads to, counted from 1."""
+
+
 def references(packed: Packed, objects: Sequence[Sequence[Object]]) -> References:
     """What the nouns of packed questions refer to in their scenes."""
     rows: list[tuple[int, int, int, int, int, bool, bool]] = []
-    named: list[list[bool]] = []
+    meant: list[list[bool]] = []
     most = max(map(len, objects))
     for scene, (asked, there) in enumerate(zip(packed.questions, objects, strict=True)):
-        start = 0
-        for question in asked:
+        for question, start in zip(asked, packed.starts[scene], strict=True):
             nouns = nouns_of(question.text)
             read, said = words_of(question)
             ask = start + len(read) - len(said)
@@ -108,13 +119,27 @@ def references(packed: Packed, objects: Sequence[Sequence[Object]]) -> Reference
                 color = -1 if noun.color_place is None else start + noun.color_place
                 ends = noun is nouns[0], noun is nouns[-1]
                 rows.append((scene, start + noun.place, color, ask, start + len(read) - 2, *ends))
-                named.append([False, *_named(question, noun, there), *[False] * (most - len(there))])
-            start += len(read)
+                meant.append([False, *named(question, noun, there), *[False] * (most - len(there))])
     scene, place, color, ask, speak, is_first, is_last = torch.tensor(rows).unbind(dim=1)
-    return References(scene, place, color, ask, speak, is_first.bool(), is_last.bool(), torch.tensor(named))
+    return References(scene, place, color, ask, speak, is_first.bool(), is_last.bool(), torch.tensor(meant))
 
 
-def _named(question: Question, noun: Noun, objects: Sequence[Object]) -> list[bool]:
+def hops(packed: Packed, objects: Sequence[Sequence[Object]]) -> Hops:
+    """Where questions of several steps are answered, and what from."""
+    rows = [
+        (
+            scene,
+            start + len(words_of(question)[0]) - len(words_of(question)[1]),
+            1 + objects[scene].index(question.found),
+        )
+        for scene, asked in enumerate(packed.questions)
+        for question, start in zip(asked, packed.starts[scene], strict=True)
+        if question.found is not None
+    ]
+    return Hops(*torch.tensor(rows, dtype=torch.long).reshape(-1, 3).unbind(dim=1))
+
+
+def named(question: Question, noun: Noun, objects: Sequence[Object]) -> list[bool]:
     shapes_only = question.type == "shape"  # "what shape is red ?" does not mean the red digit
     return [noun.names(obj) and not (shapes_only and obj.value) for obj in objects]
 
@@ -122,9 +147,11 @@ def _named(question: Question, noun: Noun, objects: Sequence[Object]) -> list[bo
 class Scaffold(nn.Module):
     """The losses; its only weights are those of the probe."""
 
-    def __init__(self, placement: Placement, hidden: int) -> None:
+    def __init__(self, placement: Placement, hidden: int, image_start: int = IMAGE_START, after_image: int = 0) -> None:
+        """``image_start`` tokens stand before the image, ``after_image`` between it and the first question."""
         super().__init__()
         self.placement = placement
+        self.image_start, self.after_image = image_start, after_image
         self.probe = nn.Linear(hidden, MOST + 1)
 
     def forward(
@@ -135,17 +162,19 @@ class Scaffold(nn.Module):
         rotary: tuple[Tensor, Tensor],
         vision: VisionTokens,
         refs: References,
+        jumps: Hops,
     ) -> Float[Tensor, ""]:
         """Sum of the losses. ``states`` holds the input of every decoder layer, then the output of the last one."""
 
         def log_attention(layer: int, head: int) -> Float[Tensor, "scenes all all"]:
             return attention_logits(layers[layer], states[layer], rotary, head, mask[:, 0]).log_softmax(dim=-1)
 
-        image_end = IMAGE_START + vision.patch.shape[1]
-        scene, noun = refs.scene, image_end + refs.noun
+        image_end = self.image_start + vision.patch.shape[1]
+        text_start = image_end + self.after_image
+        scene, noun = refs.scene, text_start + refs.noun
 
         colored = refs.color >= 0
-        to_color = log_attention(self.placement.bind, 2)[scene, noun, image_end + refs.color]
+        to_color = log_attention(self.placement.bind, 2)[scene, noun, text_start + refs.color]
         loss = -to_color[colored].sum() / colored.sum().clamp(min=1)
 
         shown = refs.objects.gather(1, vision.owner[scene])  # [nouns, tokens]
@@ -155,7 +184,7 @@ class Scaffold(nn.Module):
         )
         for layer, head, tokens, always_first in targets:
             target = torch.zeros(len(scene), mask.shape[-1])
-            target[:, IMAGE_START:image_end] = tokens.float()
+            target[:, self.image_start : image_end] = tokens.float()
             target[:, 0] = 1.0 if always_first else (~tokens.any(dim=1)).float()
             target /= target.sum(dim=1, keepdim=True)
             loss = loss + F.kl_div(log_attention(layer, head)[scene, noun], target, reduction="batchmean")
@@ -163,7 +192,16 @@ class Scaffold(nn.Module):
         for head, chosen in ((0, refs.is_first), (1, refs.is_last)):
             to_noun = log_attention(self.placement.answer, head)
             for speaker in (refs.ask, refs.speak):  # mostly one and the same
-                loss = loss - 0.5 * to_noun[scene, image_end + speaker, noun][chosen].mean()
+                loss = loss - 0.5 * to_noun[scene, text_start + speaker, noun][chosen].mean()
+
+        if len(jumps.scene):
+            there = vision.owner[jumps.scene] == jumps.found[:, None]
+            target = torch.zeros(len(there), mask.shape[-1])
+            target[:, self.image_start : image_end] = there.float()
+            target[:, 0] = (~there.any(dim=1)).float()
+            target /= target.sum(dim=1, keepdim=True)
+            to_found = log_attention(self.placement.hop, 2)[jumps.scene, text_start + jumps.ask]
+            loss = loss + F.kl_div(to_found, target, reduction="batchmean")
 
         heard = F.rms_norm(states[self.placement.count + 1][scene, noun], states[0].shape[-1:])
         counted = refs.objects.sum(dim=1).clamp(max=MOST)
@@ -177,16 +215,20 @@ def attention_logits(
     head: int,
     mask: Bool[Tensor, "scenes all all"],
 ) -> Float[Tensor, "scenes all all"]:
-    """Attention logits of one head of a Llama layer for the input ``hidden``, BLOCKED where ``mask`` is False."""
-    width = layer.self_attn.head_dim
-    rows = slice(head * width, (head + 1) * width)
+    """Attention logits of one head of a Llama or Qwen layer, BLOCKED where ``mask`` is False.
+
+    ``hidden`` is the input of the layer.
+    """
+    attention = layer.self_attn
     hidden = layer.input_layernorm(hidden)
     cos, sin = rotary
 
-    def turned(projection: nn.Linear) -> Tensor:
-        x = hidden @ projection.weight[rows].T
+    def turned(projection: nn.Linear, number: int) -> Tensor:
+        rows = slice(number * attention.head_dim, (number + 1) * attention.head_dim)
+        x = F.linear(hidden, projection.weight[rows], None if projection.bias is None else projection.bias[rows])
         left, right = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-right, left], dim=-1) * sin
 
-    logits = turned(layer.self_attn.q_proj) @ turned(layer.self_attn.k_proj).mT * layer.self_attn.scaling
+    keys = turned(attention.k_proj, head // attention.num_key_value_groups)
+    logits = turned(attention.q_proj, head) @ keys.mT * attention.scaling
     return logits.masked_fill(~mask, BLOCKED)

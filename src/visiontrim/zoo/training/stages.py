@@ -1,177 +1,118 @@
-"""Stage A, the decoder on symbolic tokens: a loop whose every step depends on nothing but the seed and its number.
-
-A directory holds ``settings.json``, ``checkpoint.pt`` and ``log.jsonl``, a line every few steps. A run that was stopped
-goes on when it is started again, and ends with the same weights, bit for bit on the same machine, as one that was not.
-"""
+"""Stage A: the decoder on symbolic tokens, first on the basics, then twice on everything."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import random
-import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from visiontrim.zoo.questions import TYPES
-from visiontrim.zoo.scenes import draw_scene
+from visiontrim.zoo.scenes import GRID, draw_scene
 from visiontrim.zoo.training.decoder import DecoderShape, answered, forward, new_decoder
-from visiontrim.zoo.training.packing import IGNORED, Packed, draw_questions, pack
-from visiontrim.zoo.training.scaffold import Placement, Scaffold, references
+from visiontrim.zoo.training.loop import Result, Run, Stage, training_scene
+from visiontrim.zoo.training.packing import IGNORED, draw_questions, pack
+from visiontrim.zoo.training.scaffold import Placement, Scaffold, hops, references
 from visiontrim.zoo.training.symbolic import SceneFacts, choose_patches, symbolic_tokens
 
-CLIP_NORM = 1.0
-WEIGHT_DECAY = 0.05
-BETAS = (0.9, 0.98)
-PLACEMENT = Placement(bind=0, find=3, count=4, answer=5)  # two layers are left to work on what was retrieved
+PLACEMENT = Placement(bind=0, find=3, count=4, answer=5, hop=6)  # one layer is left to work on what was retrieved
 
 
-@dataclass(frozen=True)
-class DecoderStage:
-    """Everything that the weights depend on."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderStage(Stage):
+    """Everything that the weights of the decoder depend on, besides those that it starts from."""
 
+    steps: int = 280
+    peak_rate: float = 8e-4
+    final_rate: float = 3e-5
+    warmup: int = 30
     shape: DecoderShape = field(default_factory=DecoderShape)
     placement: Placement = PLACEMENT
-    steps: int = 800
+    basic: bool = False
+    """Standard scenes, single questions of one step."""
     scenes: int = 16
-    """Scenes a step; step n draws those of the seeds from n * scenes on."""
-    vision_tokens: int = 32
-    text_tokens: int = 148
+    """Scenes a step; step n draws those with the numbers from n * scenes on."""
+    fewest: int = 32
+    """Vision tokens of a scene: between ``fewest`` and twice as many at first, later up to ``most``, at times all."""
+    most: int = 192
+    all_tokens: float = 0.1
+    """Share of the steps in the second half that see every patch, of a third of the scenes."""
+    text_tokens: int = 180
     """Words of questions and answers behind each image."""
     scaffold: float = 0.5
     """Weight of the scaffold's loss beside the one of the answers."""
-    peak_rate: float = 2e-3
-    final_rate: float = 4e-5
-    warmup: int = 50
-    log_every: int = 25
-    seed: int = 0
+    unguided: float = 0.25
+    """Share of the steps, the last ones, without it; it falls for a fifth of the steps before."""
 
-    def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then half a cosine."""
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
-        return min(1.0, (step + 1) / self.warmup) * (self.final_rate + (self.peak_rate - self.final_rate) * cosine)
+    def guidance(self, step: int) -> float:
+        """Weight of the scaffold at this step."""
+        return self.scaffold * min(1.0, max(0.0, (1 - self.unguided - step / self.steps) / 0.2))
+
+    def vision_tokens(self, step: int, rng: random.Random) -> int:
+        """Number of vision tokens at this step."""
+        done = step / self.steps
+        if done >= 0.5 and rng.random() < self.all_tokens:
+            return GRID * GRID
+        most = min(self.most, 2 * self.fewest) if done < 0.35 else self.most
+        return round(self.fewest * (most / self.fewest) ** rng.random())
 
 
-class Run:
-    """A decoder in training: model, scaffold, optimizer, and how many steps are done."""
+BASICS = DecoderStage(
+    steps=680,
+    peak_rate=2e-3,
+    final_rate=4e-5,
+    warmup=50,
+    basic=True,
+    most=32,
+    all_tokens=0.0,
+    text_tokens=148,
+    unguided=-0.2,
+)
+"""The first part: it learns to find, count and answer, guided to the end."""
+LONGER = DecoderStage(steps=1000, final_rate=2e-5, seed=1)
+"""The third part: as the second one on other questions, with a rate that falls further."""
 
-    def __init__(self, stage: DecoderStage) -> None:
-        self.stage = stage
+
+class DecoderRun(Run):
+    """A decoder in training, with its scaffold; ``start`` is the checkpoint of an earlier run."""
+
+    def __init__(self, stage: DecoderStage, start: Path | None = None) -> None:
         generator = torch.Generator().manual_seed(stage.seed)
+        self.settings = stage
         self.model: LlamaForCausalLM = new_decoder(stage.shape, generator)
         self.scaffold = Scaffold(stage.placement, stage.shape.hidden)
         nn.init.normal_(self.scaffold.probe.weight, std=0.05, generator=generator)
         nn.init.zeros_(self.scaffold.probe.bias)
-        self.weights = [
-            weight for weight in (*self.model.parameters(), *self.scaffold.parameters()) if weight.requires_grad
-        ]
-        groups: list[dict[str, Any]] = [
-            {"params": [weight for weight in self.weights if weight.ndim > 1], "weight_decay": WEIGHT_DECAY},
-            {"params": [weight for weight in self.weights if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=stage.peak_rate, betas=BETAS, fused=True)
-        self.step = 0
+        if start is not None:
+            state = torch.load(start, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.scaffold.load_state_dict(state["scaffold"])
+        super().__init__(stage, {"model": self.model, "scaffold": self.scaffold})
 
-    def advance(self) -> tuple[float, float, Packed, list[list[bool]]]:
-        """One step; the losses of the answers and of the scaffold, the questions, and which were answered rightly."""
-        stage = self.stage
+    def advance(self) -> Result:
+        stage = self.settings
         rng = random.Random(f"{stage.seed} {self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        scenes = [draw_scene(self.step * stage.scenes + number) for number in range(stage.scenes)]
-        packed = pack([draw_questions(rng, scene.objects, stage.text_tokens) for scene in scenes])
+        tokens = stage.vision_tokens(self.step, rng)
+        count = stage.scenes if tokens <= stage.most else max(1, stage.scenes // 3)
+        numbers = range(self.step * stage.scenes, self.step * stage.scenes + count)
+        scenes = [draw_scene(number) if stage.basic else training_scene(number) for number in numbers]
+        asked = [draw_questions(rng, scene.objects, stage.text_tokens, stage.basic) for scene in scenes]
+        packed = pack(asked)
         facts = SceneFacts.of(scenes)
-        patches = choose_patches(facts, stage.vision_tokens, generator)
-        embeddings = self.model.model.embed_tokens.weight
-        vision = symbolic_tokens(facts, patches, embeddings, noise=generator)
+        patches = choose_patches(facts, tokens, generator)
+        vision = symbolic_tokens(facts, patches, self.model.model.embed_tokens.weight, noise=generator)
 
         run = forward(self.model, vision, packed)
         answers = F.cross_entropy(run.logits.flatten(0, 1), packed.labels.flatten(), ignore_index=IGNORED)
-        refs = references(packed, [scene.objects for scene in scenes])
-        guided = self.scaffold(self.model.model.layers, run.states, run.mask, run.rotary, vision, refs)
-
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.rate(self.step)
-        self.optimizer.zero_grad()
-        (answers + stage.scaffold * guided).backward()
-        nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
-        self.optimizer.step()
-        self.step += 1
-        return answers.item(), guided.item(), packed, answered(run.logits, packed)
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint; one that is there already is replaced when the new one is whole."""
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "scaffold": self.scaffold.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        whole = path.with_suffix(".new")
-        torch.save(state, whole)
-        os.replace(whole, path)
-
-    def restore(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.scaffold.load_state_dict(state["scaffold"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-def train(stage: DecoderStage, directory: Path, minutes: float = math.inf) -> Iterator[dict[str, Any]]:
-    """Train in ``directory``, go on where a run was stopped, and yield the lines of the log as they are written.
-
-    Stops at the first checkpoint after ``minutes``; the learning rate follows ``stage.steps`` alone. Raises ValueError
-    if a run with other settings is in ``directory``.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint, log, settings = (directory / name for name in ("checkpoint.pt", "log.jsonl", "settings.json"))
-    text = json.dumps(asdict(stage), indent=1) + "\n"
-    run = Run(stage)
-    if checkpoint.exists():
-        if settings.read_text() != text:
-            raise ValueError(f"{directory} holds a run with other settings, see {settings}: give another directory")
-        run.restore(checkpoint)
-    settings.write_text(text)
-    # a run that was killed between log and checkpoint has a line too many
-    lines = log.read_text().splitlines() if log.exists() else []
-    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= run.step))
-
-    deadline = time.monotonic() + 60 * minutes
-    while run.step < stage.steps:
-        since = time.monotonic()
-        losses, guides = [], []
-        right: Counter[str] = Counter()
-        total: Counter[str] = Counter()
-        for _ in range(min(stage.log_every, stage.steps - run.step)):
-            loss, guide, packed, results = run.advance()
-            losses.append(loss)
-            guides.append(guide)
-            for asked, row in zip(packed.questions, results, strict=True):
-                for question, is_right in zip(asked, row, strict=True):
-                    right[question.type] += is_right
-                    total[question.type] += 1
-        line = {
-            "step": run.step,
-            "scenes": run.step * stage.scenes,
-            "seconds": round(time.monotonic() - since, 1),
-            "rate": stage.rate(run.step - 1),
-            "loss": sum(losses) / len(losses),
-            "scaffold": sum(guides) / len(guides),
-            "accuracy": {type: round(right[type] / total[type], 4) for type in TYPES if total[type]},
-        }
-        with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        run.save(checkpoint)
-        yield line
-        if time.monotonic() > deadline:
-            return
+        values, loss = {"loss": answers.item()}, answers
+        if weight := stage.guidance(self.step):
+            objects = [scene.objects for scene in scenes]
+            refs, jumps = references(packed, objects), hops(packed, objects)
+            guided = self.scaffold(self.model.model.layers, run.states, run.mask, run.rotary, vision, refs, jumps)
+            values["scaffold"], loss = guided.item(), answers + weight * guided
+        self.descend(loss)
+        return Result.of(values, packed, answered(run.logits, packed))

@@ -37,12 +37,12 @@ MISSED_CENTERS = 0.005
 """Share of the centre patches that are treated like any other patch of the object when patches are chosen."""
 
 
-def word_embeddings(hidden: int) -> Float[Tensor, "words hidden"]:
+def word_embeddings(hidden: int, words: int = len(WORDS)) -> Float[Tensor, "words hidden"]:
     """Orthonormal rows, the same ones on every call. Raises ValueError if the words do not fit into ``hidden``."""
-    if hidden < len(WORDS):
-        raise ValueError(f"hidden={hidden}, but {len(WORDS)} words need as many orthogonal directions")
+    if hidden < words:
+        raise ValueError(f"hidden={hidden}, but {words} words need as many orthogonal directions")
     noise = torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(1234))
-    return torch.linalg.qr(noise)[0][: len(WORDS)].contiguous()
+    return torch.linalg.qr(noise)[0][:words].contiguous()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -112,13 +112,19 @@ def symbolic_tokens(
     patch: Int[Tensor, "scenes tokens"],
     embeddings: Float[Tensor, "words hidden"],
     noise: torch.Generator | None = None,
+    placed: bool = True,
 ) -> VisionTokens:
-    """The tokens of these patches; with ``noise`` as a vision tower would give them, some of their words in doubt."""
+    """The tokens of these patches; with ``noise`` as a vision tower would give them, some of their words in doubt.
+
+    ``placed`` tokens hold their coordinates; others leave it to the position ids of the decoder.
+    """
     owner, center = facts.owner.gather(1, patch), facts.center.gather(1, patch)
     words = facts.words.gather(1, owner[..., None].expand(-1, -1, 3))  # [scenes, tokens, 3]
     # <pad> means that there is nothing to say
     vectors = torch.where(torch.arange(len(WORDS))[:, None] == PAD, 0.0, embeddings)
-    features = vectors[words].sum(dim=2) + coordinate_code(embeddings)[patch]
+    features = vectors[words].sum(dim=2)
+    if placed:
+        features += coordinate_code(embeddings)[patch]
     features += center[..., None] * embeddings[WORD_ID["center"]]
     if noise is not None:
         features += _doubt(words, center, vectors, noise)

@@ -1,0 +1,1 @@
+"""Why: where the language model and the vision encoder look, over a stream of questions."""

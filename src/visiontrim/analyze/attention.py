@@ -1,0 +1,218 @@
+"""Attention to vision tokens, layer by layer, summed up over a stream of questions in constant memory.
+
+What FasterVLM (arXiv 2412.01818) and VisionTrim (arXiv 2601.22674) show of LLaVA: the language model attends
+elsewhere than the encoder, to late positions, and more widely. For decoder layer l and every prompt, ``A[q, j]`` is the
+attention of position q to vision token j, mean over heads, after the softmax over everything that q may see. Three
+kinds of queries are averaged:
+
+- ``last``: the position that generates the first token;
+- ``text``: the positions after the last vision token;
+- ``all``: every position. Causality alone tilts it to early tokens, which more positions can see.
+
+The encoder's attention is that of [CLS] in the layer whose output is projected; encoders without [CLS] give what each
+patch receives from the others. Prompts go through one at a time, with all tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from visiontrim.ask import Speaker
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import Site, Step, VisionOutput
+from visiontrim.core.view import Keep, Signal, View
+from visiontrim.engine.probe import AttentionProbe, Listener
+from visiontrim.evaluate.asking import encode
+from visiontrim.evaluate.suites import Item
+from visiontrim.models.family import Family, family_of
+from visiontrim.ops.attention import attention_rows
+from visiontrim.run import trim
+
+QUERIES = ("last", "text", "all")
+SIDE = 24
+"""Rows and columns of a mean map; grids of another size are averaged or repeated to it."""
+POINTS = 200
+"""Shares of the tokens at which a cumulative curve is noted: 1/200, 2/200, ..."""
+BINS = np.logspace(-4, 2, 49)
+"""Edges of the histogram of attention, in units of even attention (1 / tokens); the first and the last bin hold what is
+beyond them too."""
+TOP = 0.1
+"""Share of the tokens that the overlap of two rankings looks at."""
+ROWS = 64
+"""Queries whose attention is computed at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Look(Step):
+    """Notes the encoder's attention, keeps everything."""
+
+    seen: list[Tensor]
+
+    name: ClassVar[str] = "look"
+    summary: ClassVar[str] = "notes the encoder's attention"
+    paper: ClassVar[str] = "measurement"
+
+    @property
+    def site(self) -> Site:
+        return VisionOutput()
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({"cls_attention"})
+
+    def select(self, view: View) -> Keep:
+        attention = view.cls_attention if view.cls_attention is not None else view.received_attention
+        if attention is not None:
+            self.seen.append(attention[0].float())
+        return Keep.everything(view)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Source:
+    """Sums over prompts of one distribution over the vision tokens: a layer and a kind of queries, or the encoder."""
+
+    maps: Float[np.ndarray, "side side"] = field(default_factory=lambda: np.zeros((SIDE, SIDE)))
+    cumulative: Float[np.ndarray, " points"] = field(default_factory=lambda: np.zeros(POINTS))
+    histogram: Float[np.ndarray, " bins"] = field(default_factory=lambda: np.zeros(len(BINS) - 1))
+    height: float = 0.0
+    """Mean place from the top (0) to the bottom (1) of the image."""
+    entropy: float = 0.0
+    """Of the distribution, in units of that of even attention: 1 is even, 0 a single token."""
+    overlap: float = 0.0
+    """Share of the best tenth of the tokens that is in the encoder's best tenth too."""
+    shares: Float[np.ndarray, " 3"] = field(default_factory=lambda: np.zeros(3))
+    """Of all attention what goes before the vision tokens, to them, and after them."""
+
+    def add(self, attention: Float[Tensor, " tokens"], grid: tuple[int, int], best: Int[Tensor, " best"]) -> None:
+        """Take in one prompt; ``attention`` need not sum to 1."""
+        share = attention / attention.sum().clamp(min=1e-30)
+        tokens = len(share)
+        place = share.view(1, 1, *grid)
+        spread = F.interpolate(place, (SIDE, SIDE), mode="area")[0, 0]
+        self.maps += (spread / spread.sum().clamp(min=1e-30)).double().numpy()
+        falling = share.sort(descending=True).values.cumsum(0)
+        index = (torch.arange(1, POINTS + 1) * tokens / POINTS).ceil().long().clamp(max=tokens) - 1
+        self.cumulative += falling[index].double().numpy()
+        self.histogram += np.histogram(np.clip(tokens * share.double().numpy(), BINS[0], BINS[-1]), BINS)[0] / tokens
+        rows = torch.arange(grid[0], dtype=torch.float32) / max(grid[0] - 1, 1)
+        self.height += float((place[0, 0].sum(1) * rows).sum())
+        self.entropy += float(-(share * share.clamp(min=1e-30).log()).sum()) / float(np.log(max(tokens, 2)))
+        if len(best):
+            self.overlap += float(torch.isin(share.topk(len(best)).indices, best).float().mean())
+
+    def mean(self, prompts: int) -> dict[str, Any]:
+        """Means over prompts, ready for JSON."""
+        values = {field.name: getattr(self, field.name) / prompts for field in dataclasses.fields(self)}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+
+@dataclass
+class Attention:
+    """What a stream of prompts showed."""
+
+    layers: int
+    prompts: int = 0
+    encoder: Source = field(default_factory=Source)
+    decoder: dict[str, list[Source]] = field(default_factory=dict)
+    """For each kind of queries one source a layer."""
+    sees_encoder: bool = True
+    """Whether the encoder's attention can be heard."""
+
+    def __post_init__(self) -> None:
+        self.decoder = {kind: [Source() for _ in range(self.layers)] for kind in QUERIES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means over prompts, ready for JSON."""
+        decoder = {kind: [source.mean(self.prompts) for source in found] for kind, found in self.decoder.items()}
+        encoder = self.encoder.mean(self.prompts) if self.sees_encoder else None
+        return {"prompts": self.prompts, "layers": self.layers, "encoder": encoder, "decoder": decoder}
+
+
+def observe(speaker: Speaker, items: Iterable[Item], limit: int | None = None) -> Attention:
+    """Let up to ``limit`` prompts pass through the model, the first picture of each. Raises :class:`TrimError`."""
+    family = family_of(speaker.model)
+    if family.bidirectional:
+        raise TrimError(f"{type(family).__name__} lets vision tokens attend both ways, which is not measured here")
+    attention = Attention(len(family.language_model.layers))
+    for item in items:
+        if limit is not None and attention.prompts >= limit:
+            break
+        _observe(speaker, family, item, attention)
+    if not attention.prompts:
+        raise TrimError("there are no questions about pictures to look at")
+    return attention
+
+
+@torch.inference_mode()
+def _observe(speaker: Speaker, family: Family, item: Item, attention: Attention) -> None:
+    model: Any = speaker.model
+    inputs = encode(speaker, [dataclasses.replace(item, sources=item.sources[:1])] if item.prompt is None else [item])
+    seen: list[Tensor] = []
+    rows: dict[int, dict[str, Float[Tensor, " keys"]]] = {}
+    vision = family.placeholders(inputs["input_ids"])[0].nonzero()[:, 0]
+
+    def listen(layer: int) -> Listener:
+        def heard(query: Tensor, key: Tensor, scaling: float | None) -> None:
+            rows[layer] = _means(query, key, scaling, int(vision[-1]) + 1)
+
+        return heard
+
+    probes = [AttentionProbe(family.decoder_attention(layer), listen(layer)) for layer in range(attention.layers)]
+    try:
+        with trim(model, _Look(seen), processor=speaker.processor) as run:
+            model(**inputs)
+    finally:
+        for probe in probes:
+            probe.remove()
+    first = run.trace.images[0]
+    frames, *grid = first.grid
+    if first.marks or len([image for image in run.trace.images if image.number == 0]) > 1 or frames > 1:
+        raise TrimError(
+            f"the vision tokens of {item.id!r} are a grid of {first.grid} with {first.marks} marks, or tiles: maps are "
+            "drawn of pictures that are one grid"
+        )
+    place = vision[: first.total]
+    encoder = seen[0].cpu() if seen else None
+    best = torch.zeros(0, dtype=torch.long)
+    if encoder is None:
+        attention.sees_encoder = False
+    else:
+        best = encoder.topk(max(1, round(TOP * len(encoder)))).indices
+        attention.encoder.add(encoder, (grid[0], grid[1]), best)
+    for layer, kinds in rows.items():
+        for kind, values in kinds.items():
+            source, values = attention.decoder[kind][layer], values.cpu()
+            source.add(values[place.cpu()], (grid[0], grid[1]), best)
+            before, after = int(place[0]), int(place[-1]) + 1
+            source.shares += [float(part.sum()) for part in values.tensor_split([before, after])]
+    attention.prompts += 1
+
+
+def _means(
+    query: Float[Tensor, "1 heads length dim"],
+    key: Float[Tensor, "1 kv_heads length dim"],
+    scaling: float | None,
+    end: int,
+) -> dict[str, Float[Tensor, " length"]]:
+    """Mean attention of each kind of queries to every position; vision tokens stand before ``end``."""
+    length = query.shape[2]
+    total, text = (torch.zeros(length, device=query.device) for _ in range(2))
+    last = total
+    for some in torch.arange(length, device=query.device).split(ROWS):
+        attention = attention_rows(query, key, some[None], scaling=scaling, causal=True)[0].mean(0)
+        total += attention.sum(0)
+        text += attention[some >= end].sum(0)
+        last = attention[-1]
+    return {"last": last, "text": text / max(length - end, 1), "all": total / length}

@@ -1,0 +1,160 @@
+"""``visiontrim bench``: how fast a method is, beside the plain model and the ideal."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from visiontrim.commands.options import Answer, Json, Keeps, Methods, Size, Text, size_of, spelled
+from visiontrim.core.errors import TrimError
+
+if TYPE_CHECKING:
+    from visiontrim.measure.bench import Subject
+
+EPILOG = (
+    "Examples:  visiontrim bench --keep 64 --keep 144 --batch 1 --batch 8 --plot time.png\n\n"
+    "visiontrim bench llava-1.5-7b --layers 4 --method visiontrim --method random --keep 64 --answer 8\n\n"
+    "visiontrim bench qwen2.5-vl-7b --size 3584x3584 --dtype bfloat16 --device cuda --out speed.json"
+)
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="bundled, a preset (random weights), a hub name, or a directory."),
+    ] = "bundled",
+    method: Methods = ["visiontrim"],  # noqa: B006  # typer copies it
+    keep: Keeps = [],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="Prompts at a time. May be repeated.")] = [1],  # noqa: B006
+    text: Text = 60,
+    answer: Answer = 64,
+    size: Size = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Decoder layers of a preset, the encoder in proportion. Default: all.")
+    ] = None,
+    text_tower: Annotated[
+        str | None,
+        typer.Option(metavar="ID_OR_DIR", help="CLIP model that reads the question; for presets a random one is made."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed, by turns.")] = 10,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count CPU seconds: for machines that others use too.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: torch's.")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: an accelerator if there is one.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16; auto: float32 on the CPU.")] = "auto",
+    attention: Annotated[str, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = "sdpa",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to draw: time against tokens.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the plain model, the method, and the ideal by turns, and measure their memory.
+
+    The ideal is the model itself, fed as many vision tokens as the method leaves, at no cost. Prompts are noise.
+    """
+    import torch
+
+    from visiontrim.measure.bench import Load, environment
+    from visiontrim.measure.bench import bench as run
+
+    chosen = spelled(method, keep)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    subject = _subject(model, layers, size, text_tower, device, dtype, attention)
+    told: dict[str, Any] = {
+        "model": subject.name,
+        "text": text,
+        "answer": answer,
+        "rounds": rounds,
+        "cpu_time": cpu_time,
+    }
+    told |= {"when": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(subject.model)}
+    told["batches"] = [
+        {"batch": rows, "rows": run(subject, chosen, Load(rows, text, answer, rounds, cpu_time=cpu_time))}
+        for rows in batch
+    ]
+    if out is not None:
+        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        from visiontrim.measure.plot import time_against_tokens
+
+        time_against_tokens(told, plot)
+    if as_json:
+        print(json.dumps(told))
+        return
+    console = Console(width=None if Console().is_terminal else 160, markup=False, highlight=False)
+    for batched in told["batches"]:
+        console.print(_table(f"{subject.name}, batch {batched['batch']}, medians of {rounds} rounds", batched["rows"]))
+
+
+def _subject(
+    name: str, layers: int | None, size: str | None, text_tower: str | None, device: str, dtype: str, attention: str
+) -> Subject:
+    import torch
+    from transformers.utils import logging
+
+    from visiontrim.ask import BUNDLED, load, on_device
+    from visiontrim.measure.bench import Subject, noise_tower
+    from visiontrim.measure.shapes import Shape, preset_names
+    from visiontrim.models.family import family_of
+
+    logging.disable_progress_bar()
+    shape = Shape.load(name)
+    if size is not None:
+        shape = shape.seeing(*size_of(size))
+    if name not in preset_names():
+        if layers is not None:
+            raise TrimError(f"--layers is for presets, of which {name!r} is none: choose {', '.join(preset_names())}")
+        speaker = load(None if name == BUNDLED else name, text_tower=text_tower, device=device, dtype=dtype)
+        model: Any = speaker.model
+        model.set_attn_implementation(attention)
+        return Subject(name, model, shape.picture, speaker.text_tower, speaker.processor)
+    place = on_device(device)
+    number = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else shape.dtype
+    shape = shape if layers is None else shape.sliced(layers)
+    model = shape.build(str(place), number, attention)
+    model.generation_config.eos_token_id = None
+    return Subject(shape.name, model, shape.picture, *noise_tower(family_of(model)))
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Medians; times in milliseconds."""
+    from visiontrim.report import scaled
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    names = (
+        "tokens",
+        "vision ms",
+        "method ms",
+        "prefill ms",
+        "decode ms",
+        "total ms",
+        "of plain",
+        "ideal/ours",
+        "KV",
+        "peak",
+    )
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        times = [f"{1e3 * median:.4g}" for _, median, _ in row["seconds"].values()]
+        ideal = row.get("ideal_of_ours")
+        table.add_row(
+            row["name"],
+            f"{row['tokens']:.4g}",
+            *times,
+            f"{row['of_plain']['total'][1]:.3f}",
+            f"{ideal['total'][1]:.3f}" if ideal else "",
+            scaled(row["kv_bytes"], "B"),
+            scaled(row["peak_bytes"], "B"),
+        )
+    return table

@@ -1,0 +1,90 @@
+"""Signals of the vision encoder's attention, by the queries and keys that an attention module shows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.view import Signal, SignalName
+from visiontrim.engine.call import Encoding
+from visiontrim.models.family import Family
+from visiontrim.ops.attention import attention_columns, attention_received, attention_rows
+
+
+def encoder_signals(
+    family: Family,
+    encoding: Encoding,
+    signals: Collection[Signal],
+    query: Float[Tensor, "pictures heads sequence dim"],
+    key: Float[Tensor, "pictures heads sequence dim"],
+    scaling: float | None,
+) -> Iterator[tuple[Signal, Float[Tensor, "patches *rest"]]]:
+    """The ``signals`` of one call of an attention module, of one chunk of patches after the other."""
+    special, inside = family.special_tokens, encoding.merged
+    chunks = family.chunks(encoding.kind, encoding.arguments) if inside is None else inside.chunks()
+    bias = None if inside is None else inside.bias(special)
+    for q, k in _by_chunk(query, key, chunks):
+        for signal in signals:
+            name = signal[0] if isinstance(signal, tuple) else signal
+            yield signal, _signal(name, q, k, scaling, special, bias).flatten(0, 1)
+
+
+def _signal(
+    name: SignalName,
+    query: Float[Tensor, "images heads tokens dim"],
+    key: Float[Tensor, "images heads tokens dim"],
+    scaling: float | None,
+    special: int,
+    bias: Float[Tensor, "images tokens"] | None,
+) -> Float[Tensor, "images patches *rest"]:
+    """What an attention module says by its queries and keys."""
+    match name:
+        case "cls_attention":
+            return attention_rows(query[:, :, :1], key, scaling=scaling, bias=bias).mean(1)[:, 0, special:]
+        case "cls_attention_wide":
+            query, key = (side.transpose(1, 2).flatten(2)[:, None] for side in (query[:, :, :1], key))
+            return attention_rows(query, key)[:, 0, 0, special:]
+        case "column_attention":
+            return attention_columns(query, key, scaling=scaling, skip=special, bias=bias)
+        case "encoder_keys":
+            return key[:, :, special:].transpose(1, 2)
+        case "encoder_queries":
+            return _scaled(query[:, :, special:], scaling).transpose(1, 2)
+        case "cls_query":
+            tokens = query.shape[2] - special
+            return _scaled(query[:, :, :1], scaling).transpose(1, 2).expand(-1, tokens, -1, -1)
+        case _:
+            return attention_received(query, key, scaling=scaling, skip=special, bias=bias)
+
+
+def _scaled(query: Tensor, scaling: float | None) -> Tensor:
+    return query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[tuple[Tensor, Tensor]]:
+    """Queries and keys of what attends to each other, where a whole sequence of images comes at once."""
+    if chunks is None or query.shape[2] != sum(chunks):
+        return [(query, key)]
+    return zip(query.split(chunks, dim=2), key.split(chunks, dim=2), strict=True)
+
+
+def of_placeholders(family: Family, encoding: Encoding) -> dict[Signal, Float[Tensor, "placeholders *rest"]]:
+    """What was heard, as the placeholders would have it. Raises :class:`TrimError` for signals from before a merge."""
+    inside, values = encoding.merged, {}
+    for signal, parts in encoding.heard.items():
+        value = torch.cat(parts)
+        if inside is not None:
+            units = value.view(-1, inside.unit, *value.shape[1:]).mean(1)
+            if len(units) != sum(places.numel() for places in inside.places):
+                raise TrimError(
+                    f"{signal} has {len(value)} values from before tokens were merged: read it of a later layer"
+                )
+            value = inside.whole(units)
+        if inside is None or family.factor == 1:
+            value = family.pooled(encoding.kind, encoding.arguments, value[:, None])[:, 0]
+        values[signal] = value
+    return values

@@ -1,0 +1,202 @@
+"""The command line of evaluation: ``visiontrim eval`` and ``visiontrim tune``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from visiontrim.core.budget import Amount
+from visiontrim.core.errors import TrimError
+
+if TYPE_CHECKING:  # --help must not wait for torch
+    from visiontrim.ask import Speaker
+
+app = typer.Typer()
+
+Model = Annotated[
+    str | None, typer.Option(metavar="ID_OR_DIR", help="Hub name or directory. Default: this package's small model.")
+]
+TextTower = Annotated[
+    str | None, typer.Option(metavar="ID_OR_DIR", help="CLIP model that reads questions. Default: the small model's.")
+]
+Methods = Annotated[
+    str, typer.Option(metavar="A,B[:K=V],...", help="Methods by name, with options, or all; controls are always there.")
+]
+Keeps = Annotated[str, typer.Option(metavar="N,N,...", help="Budgets: vision tokens per decoder layer, in the mean.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of log and report; the log is gone on with.")]
+Batch = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
+Scenes = Annotated[int | None, typer.Option(min=1, help="Only the first so many scenes, or pictures of a file.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Ask no further batch that would take longer than this.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: an accelerator if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16; auto: the checkpoint's, float32 on the CPU.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the processor. Default: as torch likes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the scores as JSON instead of the first table.")]
+
+
+def split_methods(text: str) -> list[str]:
+    """Names with their options, at the commas that no option follows: ``a,b:x=1,y=2,c`` is three methods."""
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", text))):
+        if found and "=" in part.partition(":")[0]:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def split_keeps(text: str) -> list[Amount]:
+    """Numbers of tokens, or fractions with a point."""
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise TrimError(f"keep={text!r} is no list of budgets: write 192,128,64 or 0.5,0.25") from None
+
+
+@app.command("eval", epilog="Example:  visiontrim eval --methods visiontrim,visionzip --keep 64,32 --scenes 20")
+def eval_command(
+    suite: Annotated[
+        str, typer.Option(metavar="shapes|FILE", help="Bundled suite, or JSON lines of questions.")
+    ] = "shapes",
+    split: Annotated[str, typer.Option(help="Of the bundled suite: standard, hard, turns or video.")] = "standard",
+    methods: Methods = "visiontrim",
+    keep: Keeps = "192,128,64,32",
+    ablation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="fusion, stages, tgvc, layer, split, window, iterations, or all.")
+    ] = None,
+    scenes: Scenes = None,
+    minutes: Minutes = None,
+    out: Out = Path("visiontrim-eval"),
+    batch: Batch = 32,
+    model: Model = None,
+    text_tower: TextTower = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Score methods on questions, beside the plain model, random and uniform tokens; writes a report."""
+    from visiontrim.evaluate import evaluation
+    from visiontrim.evaluate.asking import Cell, Examiner, Log
+    from visiontrim.evaluate.examples import examples
+    from visiontrim.evaluate.report import markdown, page, sections
+    from visiontrim.evaluate.suites import load_suite
+
+    if ablation is None:
+        chosen = evaluation.all_methods() if methods == "all" else split_methods(methods)
+        blocks = [evaluation.Block.comparison(chosen, split_keeps(keep))]
+    else:
+        names = evaluation.ablations() if ablation == "all" else [ablation]
+        blocks = [evaluation.ablation(name) for name in names]
+    cells = [cell for block in blocks for cell in block.cells]
+    for cell in cells:
+        cell.load()  # unknown names are told before anything is asked
+    questions = load_suite(suite, split, scenes)
+    speaker = load_speaker(model, text_tower, device, dtype, threads)
+    out.mkdir(parents=True, exist_ok=True)
+    examiner = Examiner(speaker, questions, Log(out / "log.jsonl"), batch)
+    answers = evaluation.evaluate(examiner, cells, minutes, _progress())
+    scored = [(block, block.scores(answers)) for block in blocks]
+    found = [section for block, scores in scored for section in sections(block, answers, scores)]
+    for block in blocks:
+        if block.compares and len(block.methods) > 2:
+            found += examples(
+                examiner, answers, Cell(block.methods[2], block.keeps[-1]), Cell("random", block.keeps[-1])
+            )
+    for section in found:
+        if section.picture is not None:
+            section.picture.save(out / section.file)
+    title = f"{questions.name}, answered by {speaker.name}"
+    text = evaluation.preamble(answers, examiner, shlex.join(["visiontrim", *sys.argv[1:]]))
+    (out / "table.md").write_text(markdown(title, text, found), encoding="utf-8")
+    (out / "report.html").write_text(page(title, text, found), encoding="utf-8")
+    if as_json:
+        rows = [evaluation.to_dict(score) for _, scores in scored for score in scores]
+        print(json.dumps({"questions": len(answers.items), "plain": evaluation.to_dict(answers.whole), "scores": rows}))
+        return
+    print(markdown(title, text, found[:1] if ablation is None else found))
+    print(f"{out / 'table.md'}\n{out / 'report.html'}")
+
+
+@app.command(epilog="Example:  visiontrim tune --data my.jsonl --target-retention 0.99 --methods visiontrim,visionzip")
+def tune(
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="JSON lines: image, question and, if known, answer; or shapes.")
+    ],
+    target_retention: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the plain model's right answers (of its answers, if unknown).")
+    ] = 0.99,
+    methods: Methods = "visiontrim,visionzip,uniform",
+    keep: Keeps = "288,192,128,96,64,48,32,16",
+    scenes: Scenes = None,
+    minutes: Minutes = None,
+    out: Out = Path("visiontrim-tune"),
+    batch: Batch = 32,
+    model: Model = None,
+    text_tower: TextTower = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Find the cheapest method and budget that keep the plain model's answers, and draw the frontier."""
+    from visiontrim.evaluate import evaluation
+    from visiontrim.evaluate import tune as tuning
+    from visiontrim.evaluate.asking import Cell, Examiner, Log
+    from visiontrim.evaluate.suites import load_suite
+    from visiontrim.plotting import pyplot
+
+    pyplot()  # told before the work, if it is missing
+    chosen = evaluation.all_methods() if methods == "all" else split_methods(methods)
+    cells = [Cell(method, amount) for amount in split_keeps(keep) for method in chosen]
+    for cell in cells:
+        cell.load()
+    questions = load_suite(data, scenes=scenes)
+    speaker = load_speaker(model, text_tower, device, dtype, threads)
+    out.mkdir(parents=True, exist_ok=True)
+    examiner = Examiner(speaker, questions, Log(out / "log.jsonl"), batch)
+    tuned = tuning.tune(evaluation.evaluate(examiner, cells, minutes, _progress()), cells, target_retention)
+    if not tuned.scores:
+        raise TrimError(f"none of {methods} works on this model at any of keep={keep}")
+    tuning.draw(tuned, out / "frontier.png")
+    best = tuned.chosen
+    setting = None if best is None else tuning.spelled(best.method, best.keep)
+    if as_json:
+        rows = [evaluation.to_dict(score) for score in tuned.scores]
+        print(json.dumps({"target": target_retention, "setting": setting, "scores": rows}))
+        return
+    for score in tuned.frontier:
+        sure = ", in its 95 % interval too" if tuned.is_sure(score) else ""
+        share = 100 * (score.retention or 0)
+        print(f"{score.mean:7.1f} tokens per layer  {share:5.1f} %{sure}  {tuning.spelled(score.method, score.keep)}")
+    print(f"\n--method {setting}" if setting else f"\nno setting keeps {100 * target_retention:g} %: give more tokens")
+    print(out / "frontier.png")
+
+
+def load_speaker(model: str | None, text_tower: str | None, device: str, dtype: str, threads: int | None) -> Speaker:
+    """The model, quietly."""
+    import torch
+    from transformers.utils import logging
+
+    from visiontrim.ask import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load(model, text_tower=text_tower, device=device, dtype=dtype)
+
+
+def _progress() -> Callable[[int, int, int], None]:
+    """Tells on standard error, where that is a terminal, how far it is."""
+    if not sys.stderr.isatty():
+        return lambda batch, batches, cells: None
+    return lambda batch, batches, cells: print(
+        f"\rbatch {batch + 1} of {batches}, cell {cells} ", end="", file=sys.stderr, flush=True
+    )

@@ -1,0 +1,124 @@
+"""An evaluation from beginning to end: which cells, which questions, what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from visiontrim.core.budget import Amount
+from visiontrim.core.errors import TrimError
+from visiontrim.core.registry import list_methods
+from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, Row
+from visiontrim.evaluate.scores import Answers, Score
+
+CONTROLS = ("random", "uniform")
+"""In every table, beside the plain model; gains are measured against the first one."""
+ABLATIONS = Path(__file__).parent / "ablations.yaml"
+SHALLOW = {"hiprune": "hiprune:middle=2", "vscan": "vscan:shallow=1,layer=4"}
+"""Methods whose layers are fixed numbers, meant for models of 24 encoder and 32 decoder layers: what "all" takes for
+them, so that they run on the small bundled model too. About the same share of the depth."""
+LEFT_OUT = {PLAIN, *CONTROLS, "dycoke", "evs", "fastvid", "holitom", "st-gridpool", "vidcom2"}
+"""Not in "all": controls, which are there anyway, and methods that compare the frames of a video."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Methods that are compared with each other at some budgets."""
+
+    title: str
+    methods: tuple[str, ...]
+    """The first one is what the others are compared with."""
+    keeps: tuple[Amount, ...]
+
+    @classmethod
+    def comparison(cls, methods: Sequence[str], keeps: Sequence[Amount]) -> Block:
+        """``methods`` beside the controls."""
+        return cls("Methods beside controls", tuple(dict.fromkeys((*CONTROLS, *methods))), tuple(keeps))
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [Cell(method, keep) for keep in self.keeps for method in self.methods]
+
+    @property
+    def compares(self) -> bool:
+        """Whether the block is methods beside controls, and no ablation."""
+        return self.methods[: len(CONTROLS)] == CONTROLS
+
+    def scores(self, answers: Answers) -> list[Score]:
+        """One for each cell, against the first method at the same budget."""
+        return [answers.score(cell, Cell(self.methods[0], cell.keep)) for cell in self.cells]
+
+
+def all_methods() -> list[str]:
+    """What "all" means: every method for single images."""
+    return [SHALLOW.get(name, name) for name in list_methods() if name not in LEFT_OUT]
+
+
+def ablations() -> list[str]:
+    """Names of the ablations that ship."""
+    return list(yaml.safe_load(ABLATIONS.read_text(encoding="utf-8")))
+
+
+def ablation(name: str) -> Block:
+    """A block of ``ablations.yaml`` by its name, or ``FILE.yaml:NAME`` of a file of the same form."""
+    path, _, key = name.rpartition(":")
+    source = Path(path) if path else ABLATIONS
+    try:
+        known = yaml.safe_load(source.read_text(encoding="utf-8"))
+        if key not in known:
+            raise TrimError(f"there is no ablation {key!r} in {source.name}: choose {', '.join(known)}")
+        block = known[key]
+        return Block(block["title"], tuple(block["methods"]), tuple(block["keep"]))
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise TrimError(f"{source} holds no ablations (NAME: title, keep, methods): {error}") from error
+
+
+def evaluate(
+    examiner: Examiner,
+    cells: Sequence[Cell],
+    minutes: float | None = None,
+    progress: Callable[[int, int, int], None] = lambda batch, batches, cells: None,
+) -> Answers:
+    """Ask the plain model and all ``cells``, batch by batch, until the suite or the time is over.
+
+    All cells answer the same questions: a batch after the first one is begun only if the one before says that it will
+    be over within ``minutes``. ``progress`` is told after every cell how many batches are done, of how many, and how
+    many cells of the next.
+    """
+    cells = list(dict.fromkeys((Cell(PLAIN, None), *cells)))
+    rows: dict[Cell, list[Row]] = {cell: [] for cell in cells}
+    start, batches = time.monotonic(), len(examiner.batches)
+    for number in range(batches):
+        begun = time.monotonic()
+        for done, cell in enumerate(cells, 1):
+            if not (rows[cell] and rows[cell][-1].error):  # what cannot work will not
+                rows[cell].append(examiner.ask(cell, number))
+            progress(number, batches, done)
+        now = time.monotonic()
+        if minutes is not None and now - start + now - begun > 60 * minutes:
+            break
+    return Answers(examiner.suite, examiner.batches, rows)
+
+
+def preamble(answers: Answers, examiner: Examiner, command: str) -> str:
+    """What a table says about where it comes from."""
+    plain = answers.whole
+    shown = "" if plain.right is None or not answers.labelled else f" The plain model: **{100 * plain.right:.1f} %**."
+    kind = "" if answers.labelled else " Nobody knows the right answers: what counts is that of the plain model."
+    return (
+        f"`{command}`: {len(answers.items)} questions about {answers.groups} scenes, each answered by every method; "
+        f"weights {examiner.weights}.{shown}{kind} Budgets are the mean of vision tokens per decoder layer, for stages "
+        "between layers too. Methods that draw at random draw anew for every batch (seeds 0, 1, ...); intervals are "
+        "bootstraps over scenes (2,000 draws, seed 0). Times are of this machine, while others may have used it."
+    )
+
+
+def to_dict(score: Score) -> dict[str, Any]:
+    """Ready for JSON."""
+    return dataclasses.asdict(score) | {"beats_reference": score.beats_reference}

@@ -1,0 +1,79 @@
+"""The cheapest setting that keeps the answers: a plain grid of methods and budgets on the user's own questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from visiontrim.core.budget import Amount
+from visiontrim.core.registry import load_method
+from visiontrim.evaluate.asking import PLAIN, Cell
+from visiontrim.evaluate.scores import Answers, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What a grid showed."""
+
+    target: float
+    """Retention that was asked for, 1 is the plain model."""
+    scores: tuple[Score, ...]
+    """Settings that work, the cheapest first; ``gain`` is against the plain model."""
+
+    @property
+    def frontier(self) -> list[Score]:
+        """Settings that no cheaper one, and none as cheap, does better than."""
+        best, found = -1.0, []
+        for score in sorted(self.scores, key=lambda score: (score.mean, -(score.retention or 0.0))):
+            if (score.retention or 0.0) > best:
+                best = score.retention or 0.0
+                found.append(score)
+        return found
+
+    @property
+    def chosen(self) -> Score | None:
+        """The cheapest setting that reaches the target; None where only the plain model does."""
+        return next((score for score in self.frontier if (score.retention or 0.0) >= self.target), None)
+
+    def is_sure(self, score: Score) -> bool:
+        """Whether the lower end of the 95 % interval reaches the target too."""
+        if not score.right or not score.retention or score.gain is None:
+            return False
+        plain = score.right / score.retention
+        return (plain + score.gain[1]) / plain >= self.target
+
+
+def tune(answers: Answers, cells: Sequence[Cell], target: float) -> Tuned:
+    """``answers`` hold those of the plain model and of all ``cells``."""
+    scores = [answers.score(cell, Cell(PLAIN, None)) for cell in cells]
+    working = [score for score in scores if not score.error]
+    return Tuned(target, tuple(sorted(working, key=lambda score: score.mean or 0.0)))
+
+
+def spelled(method: str, keep: Amount | None) -> str:
+    """The setting as ``--method`` takes it."""
+    return str(load_method(method, keep=keep))
+
+
+def draw(tuned: Tuned, file: Path) -> None:
+    """Retention against tokens, a line for each method, the frontier and the target. Needs matplotlib."""
+    from visiontrim.plotting import pyplot
+
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for method in dict.fromkeys(score.method for score in tuned.scores):
+        points = [(score.mean, 100 * (score.retention or 0.0)) for score in tuned.scores if score.method == method]
+        axis.plot(*zip(*points, strict=True), marker="o", ms=3.5, lw=1, label=method)
+    edge = [(score.mean, 100 * (score.retention or 0.0)) for score in tuned.frontier]
+    axis.step(*zip(*edge, strict=True), where="post", color="black", lw=2.5, alpha=0.25, label="frontier")
+    axis.axhline(100 * tuned.target, color="crimson", ls="--", lw=1, label=f"target {100 * tuned.target:g} %")
+    if (best := tuned.chosen) is not None:
+        axis.plot(best.mean, 100 * (best.retention or 0.0), marker="*", ms=14, color="crimson", ls="")
+    axis.set(xscale="log", xlabel="vision tokens per decoder layer, mean", ylabel="retention in % of the plain model")
+    means = sorted({round(score.mean or 0.0) for score in tuned.scores})
+    axis.set_xticks(means, map(str, means))
+    axis.set_xticks([], minor=True)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Where other projects meet this one."""

@@ -1,0 +1,178 @@
+"""What compression saves by arithmetic: FLOPs, cache and tokens of a model whose weights nobody needs to have.
+
+The real engine runs on a stand-in: a model with the layers, pictures and prompt of the real one, but tiny widths.
+Whatever passes through a weight or an attention function is counted there, and multiplied with the widths of the real
+model, which exists on the "meta" device alone. docs/cost.md has the formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.method import Method
+from visiontrim.measure.noise import noise_prompt
+from visiontrim.measure.shapes import Shape
+from visiontrim.models.family import Family, family_of
+from visiontrim.run import trim
+
+_WEIGHTED = (F.linear, F.conv2d, F.conv3d)
+"""Functions that multiply with a weight [channels out, ...]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one call of ``generate()`` for a whole batch. FLOPs are 2 per multiply-add, without the method's own."""
+
+    method: str
+    vision_tokens: float
+    """Of one picture, as they enter the language model."""
+    mean: float
+    """Mean vision tokens of a picture per decoder layer."""
+    per_layer: tuple[float, ...]
+    """Vision tokens of a picture in each decoder layer."""
+    vision: int
+    """FLOPs of the vision encoder and the projector."""
+    prefill: int
+    """FLOPs of the decoder layers for the prompt, and of the head for its last token."""
+    decode: int
+    """FLOPs of all further steps: one less than tokens in the answer."""
+    kv_vision: int
+    """Bytes of the keys and values of vision tokens."""
+    kv_prompt: int
+    """Bytes of all keys and values after the prefill."""
+    kv_answer: int
+    """Bytes of all keys and values at the end: all but the last token of the answer are cached by then."""
+
+    @property
+    def flops(self) -> int:
+        """Of the whole call."""
+        return self.vision + self.prefill + self.decode
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        return dataclasses.asdict(self) | {"flops": self.flops}
+
+
+class Counter(TorchFunctionMode):
+    """Counts FLOPs of ``real`` while ``standin``, the same layers in other widths, runs.
+
+    Attention gives back its queries: nobody reads the values, and pictures of any size take no time.
+    """
+
+    def __init__(self, real: Family, standin: Family) -> None:
+        super().__init__()
+        weights = dict(real.model.named_parameters())
+        decoder = {id(parameter) for parameter in standin.language_model.parameters()}
+        self._weights = {
+            id(parameter): (weights[name].numel(), self._part(name, id(parameter) in decoder))
+            for name, parameter in standin.model.named_parameters()
+        }
+        self._heads = {"vision": _encoder_width(real), "decoder": math.prod(_heads(real))}
+        self._last = "vision"
+        self._off = 0
+        self.flops = {"vision": 0, "decoder": 0, "head": 0}
+
+    @staticmethod
+    def _part(name: str, in_decoder: bool) -> str:
+        return "decoder" if in_decoder else "head" if name.startswith("lm_head") else "vision"
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """As the clock of a run: what runs in it is the method's own and does not count."""
+        self._off += 1
+        try:
+            yield
+        finally:
+            self._off -= 1
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not self._off:
+            return self._attention(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _WEIGHTED and not self._off:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            size, self._last = self._weights[id(weight)]
+            self.flops[self._last] += 2 * size * (result.numel() // weight.shape[0])
+        return result
+
+    def _attention(self, query, key, value, *_, **__):
+        # queries, keys and values come from weights of the same layer, which were the last to be counted
+        pairs = query.shape[:-3].numel() * query.shape[-2] * key.shape[-2]
+        self.flops[self._last] += 4 * self._heads[self._last] * pairs
+        return query
+
+
+def costs(
+    shape: Shape, methods: Sequence[Method], *, text: int = 60, answer: int = 64, batch: int = 1, seed: int = 0
+) -> list[Cost]:
+    """What one call costs with each of ``methods``, of which ``none`` is the plain model.
+
+    Every row of the batch has one picture of ``shape`` and ``text`` text tokens, and gets ``answer`` tokens. Weights
+    are random: methods that let the content decide how many tokens stay show a number of no meaning. Raises
+    :class:`TrimError` for what cannot work, and for mixtures of experts.
+    """
+    if getattr(shape.config.text_config, "num_experts", None):
+        raise TrimError(f"{shape.name} is a mixture of experts, of which the formula knows nothing: give a dense model")
+    for name, number in (("answer", answer), ("batch", batch)):
+        if number < 1:
+            raise TrimError(f"{name}={number}: give at least 1")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        standin = family_of(shape.narrow().build("cpu", torch.float32, "sdpa"))
+    real = family_of(shape.build("meta", shape.dtype))
+    inputs = noise_prompt(standin, shape.picture, text, 1, seed)
+    return [_cost(real, standin, inputs, method, answer, batch) for method in methods]
+
+
+@torch.inference_mode()
+def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: Method, answer: int, batch: int) -> Cost:
+    counter = Counter(real, standin)
+    with trim(standin.model, method, clock=counter) as run, counter:
+        standin.model(**inputs, use_cache=True, logits_to_keep=1)
+    report, cached, flops = run.report, run.trace.cache_lengths, counter.flops
+    config = real.language_model.config
+    heads, head_dim = _heads(real)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    token = 2 * kv_heads * head_dim * real.model.dtype.itemsize  # bytes of a token in one layer
+    weights = [parameter for parameter in real.language_model.layers.parameters() if parameter.ndim > 1]
+    steps = answer - 1
+    keys = sum(steps * length + steps * (steps + 1) // 2 for length in cached)
+    step = 2 * sum(weight.numel() for weight in weights) + 2 * real.model.lm_head.weight.numel()
+    return Cost(
+        method=str(method),
+        vision_tokens=report.kept_tokens,
+        mean=report.mean,
+        per_layer=report.per_layer,
+        vision=batch * flops["vision"],
+        prefill=batch * (flops["decoder"] + flops["head"]),
+        decode=batch * (steps * step + 4 * heads * head_dim * keys),
+        kv_vision=batch * token * round(sum(report.per_layer)),
+        kv_prompt=batch * token * sum(cached),
+        kv_answer=batch * token * (sum(cached) + len(cached) * steps),
+    )
+
+
+def _heads(family: Family) -> tuple[int, int]:
+    """Query heads of the decoder, and their width."""
+    config = family.language_model.config
+    return config.num_attention_heads, getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+
+
+def _encoder_width(family: Family) -> int:
+    """Width of all heads of the encoder together."""
+    config = family.model.config.vision_config
+    return getattr(config, "embed_dim", None) or config.hidden_size

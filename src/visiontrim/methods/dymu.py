@@ -1,0 +1,83 @@
+"""DyMU, its dynamic token merging: as many tokens merge after every encoder layer as are similar enough.
+
+"DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", arXiv 2504.17040. Official code: MikeWangWZHL/dymu,
+MIT. ToMe's edges, but in each layer all sources merge whose largest cosine is above the threshold of that layer, at
+most half of the tokens. Thresholds come from a calibration on images (:func:`visiontrim.calibrate.dymu`). A simple
+image then keeps few tokens and a rich one many; no count is fixed, the published names ("192out") are means.
+
+With ``keep`` instead of thresholds the counts are those of ToMe, which is what the calibration merges by.
+
+**Not here: virtual unmerging.** In the original every decoder layer projects the merged tokens, repeats queries, keys
+and values to the full grid, attends there and averages; its cache holds all 576 tokens. Here the language model sees
+each merged token once, at the slot nearest to its members' mean place ("optional without VTU" of the release).
+
+Other differences: those of :mod:`.tome`. Pictures that the encoder gets in one call must agree on their counts, so one
+image at a time (the original takes a batch of one, too).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from visiontrim.core.budget import Amount, check_amount
+from visiontrim.core.errors import TrimError
+from visiontrim.core.registry import register
+from visiontrim.core.view import Signal, View
+from visiontrim.methods.base import required
+from visiontrim.methods.checks import check_fields, require
+from visiontrim.methods.matching import Matching
+from visiontrim.ops.matching import Merged, edges, match, merge_into
+
+
+@register
+@dataclass(frozen=True)
+class DyMU(Matching):
+    """Hyper-parameters of DyMU. Raises :class:`~visiontrim.core.errors.TrimError` for values that cannot work."""
+
+    keep: Amount | None = 64  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Tokens of each image that leave the encoder, as a number or as a fraction; None: by ``thresholds``."""
+    thresholds: tuple[float, ...] | None = None
+    """For every layer of the encoder but the last the cosine above which tokens merge after it (``keep=None``)."""
+
+    name: ClassVar[str] = "dymu"
+    summary: ClassVar[str] = "merges after every encoder layer what is similar enough, as calibrated"
+    paper: ClassVar[str] = "arXiv 2504.17040; its merging, without virtual unmerging"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            (self.keep is None) != (self.thresholds is None),
+            f"keep={self.keep} and thresholds={self.thresholds}: give a count, or keep=None and calibrated thresholds",
+        )
+        if self.keep is not None:
+            check_amount(self.keep)
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset({"encoder_keys"})
+
+    def count(self, view: View, step: int, steps: int) -> int:
+        if self.thresholds is None:
+            return super().count(view, step, steps)
+        given = len(self.thresholds)
+        require(given == steps, f"{given} thresholds for {steps} layers of the encoder: calibrate on this model")
+        counts = (edges(metric(view))[0] > self.thresholds[step - 1]).sum(1)
+        counts = set(counts.clamp(max=view.features.shape[1] // 2).tolist())
+        if len(counts) > 1:
+            raise TrimError(
+                f"after layer {step} of the encoder between {min(counts)} and {max(counts)} tokens of a picture would "
+                "merge, but pictures of one call must agree: pass one image at a time, or keep="
+            )
+        return counts.pop()
+
+    def merged(self, view: View, count: int) -> Merged:
+        return merge_into(view.features, required(view, "mass"), *match(metric(view), count))
+
+
+def metric(view: View) -> Float[Tensor, "batch tokens dim"]:
+    """What the similarity of tokens is the cosine of: their keys, averaged over heads."""
+    return required(view, "encoder_keys").float().mean(1)

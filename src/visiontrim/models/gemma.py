@@ -1,0 +1,77 @@
+"""PaliGemma and Gemma 3: a SigLIP encoder, and language models in which image tokens attend in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from visiontrim.models.family import Arguments, Family, Kind, register_family
+from visiontrim.models.layout import Grid, Visual, equal_grids
+
+
+class _Gemma(Family):
+    """Square pictures, all of the same size."""
+
+    scores = "attention received"
+    bidirectional = True
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_tower
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.encoder(kind).encoder.layers]
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a picture."""
+        config = self.model.config.vision_config
+        return config.image_size // config.patch_size
+
+    @property
+    def picture(self) -> Grid:
+        """(1, rows, columns) of the tokens of one picture."""
+        return 1, self.side, self.side
+
+
+@register_family
+class PaliGemma(_Gemma):
+    """The whole prompt, text included, attends in both directions."""
+
+    model_types = ("paligemma",)
+    checkpoints = "PaliGemma, PaliGemma 2"
+    turns = False
+
+    @property
+    def projector(self) -> Any:
+        return self.core.multi_modal_projector
+
+    @property
+    def vision_width(self) -> int:
+        return self.model.config.vision_config.hidden_size
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        return [Visual.of_grid(self.picture)] * len(arguments["pixels"])
+
+
+@register_family
+class Gemma3(_Gemma):
+    """Patches are averaged before the projection, so tokens are selected after it."""
+
+    model_types = ("gemma3",)
+    checkpoints = "Gemma 3"
+
+    @property
+    def picture(self) -> Grid:
+        side = self.core.multi_modal_projector.tokens_per_side
+        return 1, side, side
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        return equal_grids(lengths or (), self.picture)
+
+    def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
+        images = values.flatten(1).view(-1, self.side, self.side, values[0].numel()).permute(0, 3, 1, 2)
+        pooled = F.avg_pool2d(images, self.side // self.picture[1])
+        return pooled.permute(0, 2, 3, 1).reshape(-1, *values.shape[1:])

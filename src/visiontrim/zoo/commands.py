@@ -1,0 +1,146 @@
+"""The command line of the zoo: ``visiontrim zoo train | eval | phrases | card``."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from visiontrim.core.errors import TrimError
+
+if TYPE_CHECKING:
+    from visiontrim.zoo.evaluate import Scores
+
+app = typer.Typer(
+    help="The models that ship: train them, score them, describe them.",
+    epilog="Example:  visiontrim zoo eval --split hard --scenes 50",
+    no_args_is_help=True,
+)
+
+
+class StageName(StrEnum):
+    """In the order in which they build on each other; vision builds on none."""
+
+    basics = "basics"
+    decoder = "decoder"
+    longer = "longer"
+    vision = "vision"
+    joint = "joint"
+    ship = "ship"
+
+
+@app.command(epilog="Example:  visiontrim zoo train --out runs/llava --stage vision")
+def train(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of checkpoints, logs and the finished model.")],
+    stage: Annotated[
+        StageName | None, typer.Option(help="One stage alone; vision can run beside the three before it.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Stop each stage at the first checkpoint after this.")] = 1e9,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Train the bundled model from scratch. The same command again goes on where it was stopped."""
+    from visiontrim.zoo.training.recipe import train_stage
+
+    for name in StageName if stage is None else (stage,):
+        for line in train_stage(name.value, out, minutes, threads):
+            print(f"{name.value}: {json.dumps(line)}", flush=True)
+
+
+class ModelName(StrEnum):
+    llava = "llava"
+    qwen = "qwen"
+
+
+@app.command("eval", epilog="Example:  visiontrim zoo eval qwen --split 16x12 --scenes 20")
+def evaluate(
+    name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava or qwen.")] = ModelName.llava,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of llava: standard, hard, turns or video; by default the first. Of qwen: rows x columns of cells of "
+            "12 pixels, such as 16x12; by default four sizes. May be repeated."
+        ),
+    ] = None,
+    scenes: Annotated[int | None, typer.Option(min=1, help="Only the first scenes of each split.")] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Vision tokens left by the random and the oracle selection.")] = 64,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Another checkpoint (llava: holds llava and clip).")
+    ] = None,
+    control_scenes: Annotated[int, typer.Option(min=1, help="Scenes that the controls are scored on.")] = 100,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file that the scores are added to.")] = None,
+) -> None:
+    """Accuracy on held-out questions, with 95 % intervals, beside what guessing and few tokens give."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if name is ModelName.qwen:
+        _evaluate_qwen(split, scenes, keep, model, control_scenes, out)
+        return
+    from visiontrim.zoo.evaluate import report
+    from visiontrim.zoo.loading import load
+    from visiontrim.zoo.suite import SPLITS
+
+    chosen = split or [next(iter(SPLITS))]
+    for one in chosen:
+        if one not in SPLITS:
+            raise TrimError(f"there is no split {one!r}: choose {', '.join(SPLITS)}")
+    bundle = load(model)
+    for one in chosen:
+        _print(report(bundle, SPLITS[one], scenes, keep, control_scenes), one, out)
+
+
+def _evaluate_qwen(
+    canvases: list[str] | None, scenes: int | None, keep: int, model: Path | None, control_scenes: int, out: Path | None
+) -> None:
+    from visiontrim.zoo.canvas_scores import CANVASES, SCENES, canvas_report, parse_grid, pooled
+    from visiontrim.zoo.dynamic import load_qwen
+
+    grids = {text: parse_grid(text) for text in canvases or CANVASES}
+    bundle, scores = load_qwen(model), []
+    for text, grid in grids.items():
+        scores.append(canvas_report(bundle, grid, scenes or SCENES, keep, control_scenes))
+        _print(scores[-1], f"canvases of {text}", out)
+    if len(scores) > 1:
+        _print(pooled(scores), f"canvases of {', '.join(grids)}", out)
+
+
+def _print(scores: Scores, name: str, out: Path | None) -> None:
+    print(f"### {scores.title(name)}\n\n{scores.table()}\n")
+    if out is not None:
+        known = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps(known | {name: scores.to_dict()}, indent=1) + "\n")
+
+
+@app.command(epilog="Example:  visiontrim zoo phrases --scenes 20")
+def phrases(
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes; every object of each is named.")] = 100,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Holds llava and clip. Default: this package.")
+    ] = None,
+) -> None:
+    """How well the text tower's name of an object finds its patches, by which embedding of a patch."""
+    from visiontrim.zoo.loading import load
+    from visiontrim.zoo.phrases import EMBEDDINGS, phrase_scores
+
+    bundle = load(model)
+    print("| `visual_projection` of | phrases | AUC | best patch lies on the object |\n|---|---|---|---|")
+    for name in EMBEDDINGS:
+        found = phrase_scores(bundle, scenes, name)
+        print(f"| `{name}` | {found.phrases} | {found.area:.4f} | {found.hits:.1%} |")
+
+
+@app.command(epilog="Example:  visiontrim zoo card docs/results/llava.json")
+def card(
+    results: Annotated[Path, typer.Argument(metavar="FILE", help="What `visiontrim zoo eval --out FILE` wrote.")],
+) -> None:
+    """Print the tables of the model card, as Markdown, from stored scores."""
+    from visiontrim.zoo.evaluate import Scores
+
+    if not results.exists():
+        raise TrimError(f"there is no {str(results)!r}: write it with `visiontrim zoo eval --out {results}`")
+    for name, data in json.loads(results.read_text()).items():
+        _print(Scores.from_dict(data), name, out=None)

@@ -1,0 +1,38 @@
+"""The whole recipe of the bundled LLaVA, stage by stage, as ``visiontrim zoo train`` runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visiontrim.zoo.training.joint import Eyes, JointRun, JointStage
+from visiontrim.zoo.training.loop import train
+from visiontrim.zoo.training.ship import load_decoder, ship
+from visiontrim.zoo.training.stages import BASICS, LONGER, DecoderRun, DecoderStage
+from visiontrim.zoo.training.vision import VisionRun, VisionStage
+
+
+def train_stage(name: str, out: Path, minutes: float, threads: int) -> Iterator[dict[str, Any]]:
+    """Run a stage in its directory of ``out`` and yield the lines of its log."""
+    torch.set_num_threads(threads)
+    stages = ("basics", "decoder", "longer", "vision", "joint")
+    basics, decoder, longer, vision, joint = (out / stage / "checkpoint.pt" for stage in stages)
+    if name == "basics":
+        yield from train(DecoderRun(BASICS), basics.parent, minutes)
+    elif name == "decoder":
+        yield from train(DecoderRun(DecoderStage(), basics), decoder.parent, minutes)
+    elif name == "longer":
+        yield from train(DecoderRun(LONGER, decoder), longer.parent, minutes)
+    elif name == "vision":
+        yield from train(VisionRun(VisionStage()), vision.parent, minutes)
+    elif name == "joint":
+        yield from train(JointRun(JointStage(), longer, vision), joint.parent, minutes)
+    else:
+        stage = JointStage()
+        state = torch.load(joint, weights_only=True)
+        eyes = Eyes.load(vision, stage.shape.hidden)
+        eyes.projector.load_state_dict(state["projector"])
+        ship(load_decoder(stage.shape, state["model"]), eyes, out)

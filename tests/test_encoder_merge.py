@@ -1,0 +1,470 @@
+"""Merging inside the vision encoder: which tokens merge, what later layers see, and where merged tokens stand."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+import tiny
+import visiontrim as vt
+from tiny import ROWS, both_attentions, close, every_batch, generate, llava, prompts, sample
+from visiontrim.core.method import EncoderLayer
+from visiontrim.engine.survivors import Merging, Survivors
+from visiontrim.methods.luvc import box, sizes
+from visiontrim.methods.matching import left_after
+from visiontrim.ops.matching import best_pairs, fixed_pairs, match, merge_axis, merge_into
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+MERGING = {
+    "oim": vt.LUVC(stages="vision"),
+    "oim, four calls of mass": vt.LUVC(stages="vision", keep=4, calls=2, proportional=True, pairs="fixed"),
+    "luvc": vt.LUVC(),
+    "tome": vt.ToMe(keep=5),
+    "oim, then visiontrim": vt.LUVC(stages="vision") | vt.VisionTrim(keep=5),
+    "tome, then a decoder layer": vt.ToMe(keep=9, proportional=False) | vt.Random(keep=3, layer=2),
+}
+every_merging = pytest.mark.parametrize("plan", MERGING.values(), ids=MERGING)
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape)
+
+
+# ------------------------------------------------------------------------------------------------ pairs along an axis
+
+
+def test_a_line_of_four_by_hand():
+    """Neighbours at 0, 10 and 80 degrees to each other: one pair merges, the first; its mean weighs 3 to 1."""
+    angles = torch.deg2rad(torch.tensor([0.0, 0.0, 10.0, 90.0]))
+    features = torch.stack([angles.cos(), angles.sin()], -1)[None] * torch.tensor([1.0, 5.0, 1.0, 1.0])[:, None]
+    mass = torch.tensor([[3.0, 1.0, 1.0, 1.0]])
+    merged = merge_axis(features, mass, (1, 1, 4), 2, 1)
+    assert merged.index.tolist() == [[0, 2, 3]]
+    assert merged.assignment.tolist() == [[0, 0, 1, 2]]
+    close(merged.features[0, 0], torch.tensor([(3 * 1 + 1 * 5) / 4, 0.0]))
+    assert torch.equal(merged.features[:, 1:], features[:, 2:])
+
+
+def test_two_pairs_need_both_ends():
+    """The most similar gap is the middle one, but two disjoint pairs leave it out."""
+    similarity = torch.tensor([[0.1, 0.9, 0.2]])
+    assert best_pairs(similarity, 1).tolist() == [[False, True, False]]
+    assert best_pairs(similarity, 2).tolist() == [[True, False, True]]
+    assert fixed_pairs(similarity, 1).tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("gaps", [1, 4, 7])
+def test_the_best_pairs_are_those_of_an_exhaustive_search(gaps):
+    similarity = torch.rand(6, gaps, generator=torch.Generator().manual_seed(gaps))
+    for count in range((gaps + 1) // 2 + 1):
+        disjoint = [
+            chosen
+            for chosen in itertools.combinations(range(gaps), count)
+            if all(b - a > 1 for a, b in itertools.pairwise(chosen))
+        ]
+        for row, line in zip(best_pairs(similarity, count), similarity, strict=True):
+            best = max(disjoint, key=lambda chosen, line=line: float(line[list(chosen)].sum()))
+            assert row.nonzero()[:, 0].tolist() == list(best)
+
+
+def test_equal_similarities_take_the_lower_gaps():
+    assert best_pairs(torch.ones(1, 5), 2).tolist() == [[True, False, True, False, False]]
+    assert best_pairs(torch.ones(1, 4), 0).tolist() == [[False] * 4]
+
+
+def test_along_the_rows_tokens_keep_their_columns():
+    """Two columns of three rows: in the first rows 0 and 1 are alike, in the second rows 1 and 2."""
+    features = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [0, 1]])[None]
+    merged = merge_axis(features, ones(1, 6), (1, 3, 2), 1, 1)
+    assert merged.index.tolist() == [[0, 1, 4, 3]]
+    assert merged.assignment.tolist() == [[0, 1, 0, 3, 2, 3]]
+    assert merged.features[0].tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+
+
+def test_similarity_is_that_of_the_means_of_units():
+    """Units of two patches: as a whole token 0 resembles neither neighbour, its mean that of token 1."""
+    patches = torch.tensor([[[1.0, 0], [0, 1]], [[0, 1], [1, 0]], [[1, 0], [1, 0]]])
+    merged = merge_axis(patches.flatten(1)[None], ones(1, 3), (1, 1, 3), 2, 1, unit=2)
+    assert merged.assignment.tolist() == [[0, 0, 1]]
+    close(merged.features[0, 0], torch.full((4,), 0.5))
+
+
+def lines(raster: torch.Tensor, axis: int) -> torch.Tensor:
+    return raster.movedim(axis, -1).reshape(-1, raster.shape[axis])
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("best", [True, False])
+def test_merging_along_an_axis_is_that_of_the_loop(axis, best):
+    generator = torch.Generator().manual_seed(axis)
+    lattice = (2, 4, 6)
+    features, mass = torch.randn(3, 48, 5, generator=generator), torch.randint(1, 4, (3, 48), generator=generator)
+    merged = merge_axis(features, mass.float(), lattice, axis, 2, best=best)
+    left = list(lattice)
+    left[axis] -= 2
+    raster, after = torch.arange(48).view(lattice), torch.arange(left[0] * left[1] * left[2]).view(left)
+    for image in range(3):
+        for old, new in zip(lines(raster, axis), lines(after, axis), strict=True):
+            line = features[image, old].double()
+            similarity = torch.cosine_similarity(line[1:], line[:-1], dim=-1).float()[None]
+            pairs = (best_pairs if best else fixed_pairs)(similarity, 2)[0].tolist()
+            place, token = 0, 0
+            while token < len(old):
+                members = [token, token + 1] if token < len(pairs) and pairs[token] else [token]
+                weights = mass[image, old[members]].double()
+                mean = (line[members] * weights[:, None]).sum(0) / weights.sum()
+                close(merged.features[image, new[place]].double(), mean)
+                assert merged.index[image, new[place]] == old[token]
+                assert (merged.assignment[image, old[members]] == new[place]).all()
+                place, token = place + 1, token + len(members)
+            assert place == left[axis]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), [(24, 24), (5, 9), (1, 7), (16, 3)])
+def test_boxes_are_within_reach(rows, columns, calls):
+    for target in range(1, rows * columns + 1):
+        height, width = box(rows, columns, target, calls)
+        for start, end, turns in ((columns, width, (calls + 1) // 2), (rows, height, calls // 2)):
+            if turns:
+                lengths = [start, *sizes(start, end, turns)]
+                assert lengths[-1] == end
+                assert all(a >= b >= (a + 1) // 2 for a, b in itertools.pairwise(lengths))
+            else:
+                assert start == end
+    assert box(rows, columns, rows * columns, calls) == (rows, columns)
+
+
+def test_half_of_the_tokens_of_llava():
+    assert box(24, 24, 288, 2) == (18, 16)
+    assert box(24, 24, 144, 2) == (12, 12)
+    assert box(24, 24, 10, 2) == (12, 12)
+    layers = vt.Layers(encoder=23, decoder=32)
+    assert [str(step.site) for step in vt.LUVC(stages="vision").steps_for(layers)] == [
+        "encoder layer 8",
+        "encoder layer 15",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ bipartite matching
+
+
+def test_matching_is_that_of_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    metric, penalty = torch.randn(2, 9, 4, generator=generator), torch.rand(2, 9, generator=generator)
+    for given in (None, penalty):
+        source, target = match(metric, 3, given)
+        for row in range(2):
+            unit = torch.nn.functional.normalize(metric[row].double(), dim=-1)
+            best = []
+            for a in range(0, 9, 2):
+                similarity, partner = max((float(unit[a] @ unit[b]), -b) for b in range(1, 9, 2))
+                best.append((similarity - (0 if given is None else float(given[row, a])), a, -partner))
+            top = sorted(best, reverse=True)[:3]
+            assert source[row].tolist() == [a for _, a, _ in top]
+            assert target[row].tolist() == [b for _, _, b in top]
+
+
+def test_several_sources_share_a_target():
+    features = torch.tensor([[[1.0], [2.0], [6.0], [10.0]]])
+    mass = torch.tensor([[1.0, 2.0, 3.0, 1.0]])
+    merged = merge_into(features, mass, torch.tensor([[0, 2]]), torch.tensor([[1, 1]]))
+    assert merged.index.tolist() == [[1, 3]]
+    assert merged.assignment.tolist() == [[0, 0, 0, 1]]
+    close(merged.features[0, :, 0], torch.tensor([(1 + 4 + 18) / 6, 10.0]))
+
+
+@pytest.mark.parametrize(("last", "total"), [(2, 16), (22, 576), (4, 576)])
+def test_equal_numbers_merge_and_none_more_than_half(last, total):
+    for keep in range(-(-total // 2**last), total + 1):
+        counts = [total, *(left_after(layer, last, total, keep) for layer in range(1, last + 1))]
+        assert counts[-1] == keep
+        assert all(b <= a <= 2 * b for a, b in itertools.pairwise(counts[1:]))
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+def test_a_merged_token_stands_at_the_member_nearest_to_the_mean():
+    """On 2 x 3: {0, 1, 2} have their mean at 1; {3, 5} at 4, which is no member, and 3 is the first of two as near."""
+    now = Survivors(torch.tensor([[3, 0, 4]]), torch.tensor([[1, 1, 1, 0, 2, 0]]), torch.zeros(1, 3, dtype=torch.bool))
+    merging = Merging((1, 2, 3), None, now, ((EncoderLayer(1), now),))
+    assert merging.mass.tolist() == [[2, 3, 1]]
+    assert merging.slots.tolist() == [[3, 1, 4]]
+    settled, _ = merging.settled()
+    assert settled.index.tolist() == [[1, 3, 4]]
+    assert settled.assignment.tolist() == [[0, 0, 0, 1, 2, 1]]
+
+
+@dataclass(frozen=True)
+class Halves(vt.Step):
+    """Merges the pairs (0, 1), (2, 3), ... of a row."""
+
+    layer: int = 1
+    by_mass: bool = False
+    name: ClassVar[str] = "halves"
+
+    @property
+    def site(self) -> EncoderLayer:
+        return EncoderLayer(self.layer)
+
+    @property
+    def proportional(self) -> bool:
+        return self.by_mass
+
+    def select(self, view: vt.View) -> vt.Keep:
+        batch, tokens, dim = view.features.shape
+        mean = view.features.view(batch, tokens // 2, 2, dim).mean(2)
+        index = torch.arange(0, tokens, 2).expand(batch, -1)
+        return vt.Keep(index, mean, (torch.arange(tokens) // 2).expand(batch, -1))
+
+
+def halved(hidden: torch.Tensor, special: int) -> torch.Tensor:
+    patches = hidden[:, special:]
+    return torch.cat([hidden[:, :special], (patches[:, ::2] + patches[:, 1::2]) / 2], 1)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@both_attentions
+def test_merged_tokens_are_those_of_a_hand_run_tower(tower, attention):
+    model, inputs = llava(attention, tower=tower), prompts((3, "image", 5, "image", 2))
+    encoder, special = model.model.vision_tower, 1 if tower == "clip" else 0
+    hidden = encoder.embeddings(inputs["pixel_values"])
+    hidden = encoder.pre_layrnorm(hidden) if tower == "clip" else hidden
+    for index in range(3):  # the last layer but one is projected
+        hidden = halved(hidden, special) if index in (1, 2) else hidden
+        hidden = encoder.encoder.layers[index](hidden, None)
+    projected = model.model.multi_modal_projector(hidden[:, special:])
+    seen = {}
+    with vt.trim(model, Halves(1) | Halves(2)) as run:
+        handle = model.model.language_model.layers[0].register_forward_pre_hook(
+            lambda module, args: seen.update(embeds=args[0])
+        )
+        model(**inputs)
+        handle.remove()
+    # of every four patches of a row the second is as near to the middle as the third
+    assert [image.stages[-1].index.tolist() for image in run.trace.images] == [[1, 5, 9, 13]] * 2
+    assert run.trace.images[0].stages[-1].assignment.tolist() == [n // 4 for n in range(16)]
+    assert torch.equal(seen["embeds"][0, 4:8], projected[0])
+    assert torch.equal(seen["embeds"][0, 13:17], projected[1])
+
+
+def test_position_ids_are_those_of_the_slots():
+    model, inputs = llava(), prompts((3, "image", 5))
+    seen = {}
+    with vt.trim(model, Halves(1) | Halves(2)):
+        handle = model.model.language_model.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(cosines=kwargs["position_embeddings"][0]), with_kwargs=True
+        )
+        model(**inputs)
+        handle.remove()
+    places = torch.tensor([[0, 1, 2, 3, *(4 + slot for slot in (1, 5, 9, 13)), 20, 21, 22, 23, 24]])
+    expected = model.model.language_model.rotary_emb(torch.zeros(1), places)[0]
+    assert torch.equal(seen["cosines"], expected)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@both_attentions
+def test_attention_in_proportion_to_mass_cannot_tell_equal_tokens_from_a_merged_one(tower, attention):
+    model, inputs = llava(attention, tower=tower, dtype=torch.float64), prompts((3, "image", 5), dtype=torch.float64)
+    layers, special = model.model.vision_tower.encoder.layers, 1 if tower == "clip" else 0
+
+    def double(module, args):
+        patches = halved(args[0], special)[:, special:].repeat_interleave(2, 1)
+        return (torch.cat([args[0][:, :special], patches], 1), *args[1:])
+
+    outputs = {}
+    handle = layers[1].register_forward_pre_hook(double)
+    for method in ("none", Halves(1, by_mass=True), Halves(1)):
+        watch = layers[2].register_forward_hook(lambda m, a, output, key=str(method): outputs.update({key: output}))
+        with vt.trim(model, method):
+            model(**inputs)
+        watch.remove()
+    handle.remove()
+    whole, by_mass, alone = outputs.values()
+    scale = whole.abs().max()  # features of a SigLIP reach 100
+    close(by_mass[:, special:] / scale, whole[:, special::2] / scale)
+    close(by_mass[:, :special] / scale, whole[:, :special] / scale)
+    if special:  # without [CLS] all masses are equal, and it makes no difference
+        assert (alone[:, special:] - whole[:, special::2]).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------ the engine
+
+
+@every_merging
+@both_attentions
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_batch_equals_its_samples(plan, attention, tower):
+    model, inputs = llava(attention, tower=tower), prompts(*ROWS["batch"])
+    with vt.trim(model, plan):
+        batch = torch.stack(generate(model, inputs).logits, 1)
+        for row in range(len(batch)):
+            close(batch[row], torch.stack(generate(model, sample(inputs, row)).logits, 1)[0])
+
+
+@every_merging
+def test_later_encoder_layers_see_fewer_tokens(plan):
+    model, inputs = llava(), prompts((3, "image", 5))
+    lengths = []
+    handles = [
+        layer.register_forward_hook(lambda m, a, output: lengths.append(output.shape[1]))
+        for layer in model.model.vision_tower.encoder.layers
+    ]
+    with vt.trim(model, plan) as run:
+        model(**inputs)
+    inside = [stage for stage in run.trace.images[0].stages if isinstance(stage.site, EncoderLayer)]
+    expected = [17] * 4
+    for stage in inside:
+        expected[stage.site.index :] = [1 + len(stage.index)] * (4 - stage.site.index)
+    assert lengths == expected
+    assert lengths[-1] < 17
+    for handle in handles:
+        handle.remove()
+
+
+@every_merging
+@every_batch
+@both_attentions
+def test_keeping_everything_is_bit_identical(plan, rows, attention):
+    if isinstance(plan, vt.LUVC | vt.ToMe):
+        model, inputs = llava(attention), prompts(*rows)
+        plain = generate(model, inputs)
+        for keep in (1.0, tiny.PATCHES):
+            with vt.trim(model, vt.load_method(plan, keep=keep)) as run:
+                ours = generate(model, inputs)
+            assert run.report.mean == tiny.PATCHES
+            assert torch.equal(torch.stack(ours.logits), torch.stack(plain.logits))
+
+
+@every_merging
+def test_counts_are_exact_and_cached(plan):
+    model, inputs = llava(), prompts((3, "image", 5))
+    cache = DynamicCache(config=model.config.text_config)
+    with vt.trim(model, plan) as run:
+        model(**inputs, past_key_values=cache)
+        more = prompts((4, "image", 2), seed=2)
+        ids, past = more["input_ids"], cache.get_seq_length()
+        positions = torch.arange(past, past + ids.shape[1])[None]
+        model(input_ids=ids, pixel_values=more["pixel_values"], position_ids=positions, past_key_values=cache)
+    per_layer = {
+        "oim": [8] * 5,
+        "oim, four calls of mass": [4] * 5,
+        "luvc": [8, 8, 4, 2, 0],  # 0.45 x 8 = 3.6, 0.45^2 x 8 = 1.62
+        "tome": [5] * 5,
+        "oim, then visiontrim": [5] * 5,
+        "tome, then a decoder layer": [9, 9, 3, 3, 3],
+    }[next(name for name, known in MERGING.items() if known is plan)]
+    assert list(run.report.per_layer) == per_layer
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [9 + 7 + 2 * count for count in per_layer]
+
+
+@pytest.mark.parametrize("keep", [0.8, 8, 3])
+def test_both_halves_meet_a_mean(keep):
+    model, inputs = llava(), prompts((3, "image", 5))
+    with vt.trim(model, "luvc", keep=keep) as run:
+        model(**inputs)
+    assert abs(run.report.mean - (keep if isinstance(keep, int) else keep * 16)) <= 0.5
+
+
+def test_every_token_is_carried_by_a_slot_of_its_own():
+    model, inputs = llava(), prompts((3, "image", 5), (2, "image", 7))
+    with vt.trim(model, vt.LUVC(stages="vision")) as run:
+        model(**inputs)
+    for image in run.trace.images:
+        stage = image.stages[-1]
+        assert stage.index.tolist() == sorted(set(stage.index.tolist()))
+        assert stage.assignment[stage.index].tolist() == list(range(len(stage.index)))
+        assert sorted(set(stage.assignment.tolist())) == list(range(len(stage.index)))
+
+
+def test_tome_merges_by_the_keys_of_the_layer_before():
+    model, inputs = llava(), prompts((3, "image", 5))
+    layer = model.model.vision_tower.encoder.layers[0]
+    seen = {}
+    layer.self_attn.k_proj.register_forward_hook(lambda m, a, output: seen.update(keys=output))
+    with vt.trim(model, vt.ToMe(keep=9)) as run:
+        model(**inputs)
+    keys = seen["keys"][0, 1:].view(16, 4, 8).mean(1)
+    source, target = match(keys[None], 3)
+    stage = run.trace.images[0].stages[0]
+    alone = [n for n in range(16) if n not in source[0].tolist()]
+    assert stage.index.tolist() == alone
+    for s, t in zip(source[0].tolist(), target[0].tolist(), strict=True):
+        assert stage.assignment[s] == stage.assignment[t]
+
+
+def test_a_layer_after_the_merges_needs_flops_for_what_is_left():
+    model, inputs = llava("eager"), prompts((3, "image", 5))
+    counted = []
+    for method in ("none", "luvc"):
+        with vt.trim(model, method), FlopCounterMode(display=False) as counter:
+            model(**inputs)
+        counts = counter.get_flop_counts()
+        counted.append(sum(sum(ops.values()) for name, ops in counts.items() if name.endswith("encoder.layers.3")))
+    linear = 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert counted == [linear * tokens + 4 * 32 * tokens**2 for tokens in (17, 9)]
+
+
+def test_the_model_is_as_before():
+    model, inputs = llava(), prompts((3, "image", 5))
+    plain = model(**inputs).logits
+    configs = {name: id(module.config) for name, module in model.named_modules() if hasattr(module, "config")}
+    with vt.trim(model, "tome", keep=5):
+        assert not torch.equal(model(**inputs).logits, plain)
+    assert {n: id(m.config) for n, m in model.named_modules() if hasattr(m, "config")} == configs
+    assert not any(layer._forward_pre_hooks for layer in model.model.vision_tower.encoder.layers)
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Halves(3), "before encoder layer 3, but the output of the encoder passes through 3 layers"),
+        (vt.LUVC(calls=5), "order them from the vision encoder"),
+    ],
+)
+def test_places_that_cannot_work(method, message):
+    with pytest.raises(vt.TrimError, match=message):
+        vt.trim(llava(), method)
+
+
+@pytest.mark.parametrize("first", [Halves(1), vt.Random(keep=3)], ids=str)
+def test_stages_out_of_order(first):
+    with pytest.raises(vt.TrimError, match="order them from the vision encoder"):
+        first | Halves(1)  # pyright: ignore[reportUnusedExpression]
+
+
+def test_flash_attention_cannot_weigh_by_mass():
+    model = llava()
+    model.model.vision_tower.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(vt.TrimError, match="flash_attention_2 cannot do: set proportional=false"):
+        vt.trim(model, vt.ToMe(keep=5))
+    vt.trim(model, vt.ToMe(keep=5, proportional=False))
+
+
+def test_more_than_half_at_a_time():
+    model = llava()
+    with vt.trim(model, "tome", keep=2), pytest.raises(vt.TrimError, match="would merge 12 of 16 tokens"):
+        model(**prompts((3, "image", 5)))
+
+
+def test_a_broken_grid_has_no_axes():
+    model = llava()
+    with vt.trim(model, Halves(1) | vt.LUVC(stages="vision", calls=1)), pytest.raises(vt.TrimError, match="put it"):
+        model(**prompts((3, "image", 5)))
+
+
+def test_a_layer_below_zero_is_no_place():
+    with pytest.raises(vt.TrimError, match="stands before encoder layer 1 or a later one"):
+        EncoderLayer(0)

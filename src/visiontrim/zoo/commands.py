@@ -29,6 +29,7 @@ class StageName(StrEnum):
     longer = "longer"
     vision = "vision"
     joint = "joint"
+    polish = "polish"
     ship = "ship"
 
 

@@ -89,14 +89,21 @@ class Eyes:
         )
 
 
-class JointRun(Run):
-    """Decoder and projector in training on pixels."""
+POLISH = JointStage(steps=600, peak_rate=1e-4, final_rate=3e-6, first=50_000, pool=4_800, whole=0.5, seed=1)
+"""The second part: on other scenes, and all patches in every other step, which is what counting needs most."""
 
-    def __init__(self, stage: JointStage, decoder: Path, vision: Path) -> None:
+
+class JointRun(Run):
+    """Decoder and projector in training on pixels; ``start`` is a checkpoint of stage A, or of an earlier such run."""
+
+    def __init__(self, stage: JointStage, start: Path, vision: Path) -> None:
         self.settings = stage
+        state = torch.load(start, weights_only=True)
         self.model: LlamaForCausalLM = new_decoder(stage.shape, torch.Generator().manual_seed(0))
-        self.model.load_state_dict(torch.load(decoder, weights_only=True)["model"])
+        self.model.load_state_dict(state["model"])
         self.eyes = Eyes.load(vision, stage.shape.hidden)
+        if "projector" in state:
+            self.eyes.projector.load_state_dict(state["projector"])
         self.seen = functools.cache(self._look)
         super().__init__(stage, {"model": self.model, "projector": self.eyes.projector})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from visiontrim.zoo.training.joint import Eyes, JointRun, JointStage
+from visiontrim.zoo.training.joint import POLISH, Eyes, JointRun, JointStage
 from visiontrim.zoo.training.loop import train
 from visiontrim.zoo.training.ship import load_decoder, ship
 from visiontrim.zoo.training.stages import BASICS, LONGER, DecoderRun, DecoderStage
@@ -18,8 +18,8 @@ from visiontrim.zoo.training.vision import VisionRun, VisionStage
 def train_stage(name: str, out: Path, minutes: float, threads: int) -> Iterator[dict[str, Any]]:
     """Run a stage in its directory of ``out`` and yield the lines of its log."""
     torch.set_num_threads(threads)
-    stages = ("basics", "decoder", "longer", "vision", "joint")
-    basics, decoder, longer, vision, joint = (out / stage / "checkpoint.pt" for stage in stages)
+    stages = ("basics", "decoder", "longer", "vision", "joint", "polish")
+    basics, decoder, longer, vision, joint, polish = (out / stage / "checkpoint.pt" for stage in stages)
     if name == "basics":
         yield from train(DecoderRun(BASICS), basics.parent, minutes)
     elif name == "decoder":
@@ -30,9 +30,10 @@ def train_stage(name: str, out: Path, minutes: float, threads: int) -> Iterator[
         yield from train(VisionRun(VisionStage()), vision.parent, minutes)
     elif name == "joint":
         yield from train(JointRun(JointStage(), longer, vision), joint.parent, minutes)
+    elif name == "polish":
+        yield from train(JointRun(POLISH, joint, vision), polish.parent, minutes)
     else:
-        stage = JointStage()
-        state = torch.load(joint, weights_only=True)
-        eyes = Eyes.load(vision, stage.shape.hidden)
+        state = torch.load(polish, weights_only=True)
+        eyes = Eyes.load(vision, POLISH.shape.hidden)
         eyes.projector.load_state_dict(state["projector"])
-        ship(load_decoder(stage.shape, state["model"]), eyes, out)
+        ship(load_decoder(POLISH.shape, state["model"]), eyes, out)

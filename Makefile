@@ -33,7 +33,7 @@ test: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 table: $(VENV)/.runs
 	$(BIN)/visiontrim eval --methods all --keep 192,128,64,32 --minutes 25 --threads 1 --out docs/results/table

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = [
     f"tests/test_{name}.py" for name in ("engine", "families", "generic", "generate", "turns", "trim", "wrapped")
 ]
-TOOLS = ["pytest", "beartype", "hypothesis"]
+TOOLS = ["pytest", "pytest-xdist", "beartype", "hypothesis"]
 OPTIONAL = ["accelerate", "bitsandbytes", "peft", "torchao"]
 ENVIRONMENTS = {
     "5.16.1": (["transformers==5.16.1"], FAMILIES),
@@ -49,7 +49,7 @@ def run(name: str) -> bool:
         re.findall(r"^(transformers|torch|accelerate|bitsandbytes|peft|torchao) +(\S+)", shown, re.MULTILINE)
     )
     start = time.monotonic()
-    done = subprocess.run([python, "-m", "pytest", *tests], cwd=ROOT)
+    done = subprocess.run([python, "-m", "pytest", "-n", "auto", *tests], cwd=ROOT)
     minutes = (time.monotonic() - start) / 60
     print(f"{name}: {'passed' if done.returncode == 0 else 'FAILED'} in {minutes:.1f} min with {versions}", flush=True)
     return done.returncode == 0

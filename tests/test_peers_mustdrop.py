@@ -138,12 +138,12 @@ def test_two_thresholds_and_the_key_set(share, most):
 
 def test_a_count_is_what_scaled_thresholds_leave():
     view, method = text_view(), vt.MustDrop(thresholds=(0.06, 0.3))
-    for count in range(3, 12):
-        index = method.choose(view, count).index
-        for image in range(2):
-            factors = [10 ** (step / 500) for step in range(-1500, 1500)]
-            sets = [stays(view, image, 0.06 * factor, 0.3 * factor) for factor in factors]
-            assert index[image].tolist() in [kept for kept in sets if len(kept) == count]
+    factors = [10 ** (step / 500) for step in range(-1500, 1500)]
+    for image in range(2):
+        sets = [stays(view, image, 0.06 * factor, 0.3 * factor) for factor in factors]
+        for count in range(3, 12):
+            chosen = method.choose(view, count).index[image].tolist()
+            assert chosen in [kept for kept in sets if len(kept) == count]
 
 
 def test_of_the_key_set_alone_the_best_stay():

@@ -7,14 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+from typer import BadParameter
 
 import visiontrim as vt
 from visiontrim import zoo
 from visiontrim.ask import Speaker, load
 from visiontrim.cli import main
+from visiontrim.commands.options import amounts_of, methods_of
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, Log, answers, encode
-from visiontrim.evaluate.commands import split_keeps, split_methods
 from visiontrim.evaluate.evaluation import ABLATIONS, Block, ablation, ablations, all_methods, evaluate
 from visiontrim.evaluate.report import markdown, page, sections
 from visiontrim.evaluate.scores import Score, difference
@@ -45,10 +46,10 @@ def cli(monkeypatch, capsys):
 
 
 def test_a_list_of_methods_is_split_at_the_commas_between_methods():
-    assert split_methods("a,b:x=1,y=[2,3],c, d:z=1") == ["a", "b:x=1,y=[2,3]", "c", "d:z=1"]
-    assert split_keeps("64,0.5") == [64, 0.5]
-    with pytest.raises(TrimError, match="no list of budgets"):
-        split_keeps("many")
+    assert methods_of("a,b:x=1,y=[2,3],c, d:z=1") == ["a", "b:x=1,y=[2,3]", "c", "d:z=1"]
+    assert amounts_of("64,0.5") == [64, 0.5]
+    with pytest.raises(BadParameter, match="neither a number"):
+        amounts_of("many")
 
 
 def test_batches_hold_whole_scenes_in_order():

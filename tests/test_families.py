@@ -13,7 +13,7 @@ import families
 import visiontrim as vt
 from families import BIDIRECTIONAL, CONFIGS, OLD, Prompts, hidden_places
 from tiny import Masked, close, generate
-from visiontrim.cli import show_models
+from visiontrim.commands.listing import show_models
 from visiontrim.models import family_of, list_families
 
 pytestmark = pytest.mark.usefixtures("no_grad")

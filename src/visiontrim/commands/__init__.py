@@ -1,1 +1,1 @@
-"""Commands of the command line that are registered by :mod:`visiontrim.cli`."""
+"""The commands, a module or two each; :mod:`visiontrim.cli` puts them together."""

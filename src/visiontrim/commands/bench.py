@@ -8,10 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from visiontrim.commands.options import Answer, Json, Keeps, Methods, Size, Text, size_of, spelled
+from visiontrim.commands.options import (
+    Answer,
+    Device,
+    Dtype,
+    DtypeName,
+    Json,
+    Keeps,
+    Methods,
+    Size,
+    Text,
+    Threads,
+    console,
+    every,
+    size_of,
+)
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:
@@ -46,11 +59,9 @@ def bench(
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="Count CPU seconds: for machines that others use too.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: torch's.")] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: an accelerator if there is one.")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16; auto: float32 on the CPU.")] = "auto",
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.auto,
     attention: Annotated[str, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = "sdpa",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file to write.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to draw: time against tokens.")] = None,
@@ -65,7 +76,7 @@ def bench(
     from visiontrim.measure.bench import Load, environment
     from visiontrim.measure.bench import bench as run
 
-    chosen = spelled(method, keep)
+    chosen = every(method, keep)
     if threads is not None:
         torch.set_num_threads(threads)
     subject = _subject(model, layers, size, text_tower, device, dtype, attention)
@@ -90,13 +101,20 @@ def bench(
     if as_json:
         print(json.dumps(told))
         return
-    console = Console(width=None if Console().is_terminal else 160, markup=False, highlight=False)
     for batched in told["batches"]:
-        console.print(_table(f"{subject.name}, batch {batched['batch']}, medians of {rounds} rounds", batched["rows"]))
+        console().print(
+            _table(f"{subject.name}, batch {batched['batch']}, medians of {rounds} rounds", batched["rows"])
+        )
 
 
 def _subject(
-    name: str, layers: int | None, size: str | None, text_tower: str | None, device: str, dtype: str, attention: str
+    name: str,
+    layers: int | None,
+    size: str | None,
+    text_tower: str | None,
+    device: str,
+    dtype: DtypeName,
+    attention: str,
 ) -> Subject:
     import torch
     from transformers.utils import logging
@@ -113,12 +131,18 @@ def _subject(
     if name not in preset_names():
         if layers is not None:
             raise TrimError(f"--layers is for presets, of which {name!r} is none: choose {', '.join(preset_names())}")
-        speaker = load(None if name == BUNDLED else name, text_tower=text_tower, device=device, dtype=dtype)
+        speaker = load(None if name == BUNDLED else name, text_tower=text_tower, device=device, dtype=dtype.value)
         model: Any = speaker.model
         model.set_attn_implementation(attention)
         return Subject(name, model, shape.picture, speaker.text_tower, speaker.processor)
     place = on_device(device)
-    number = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else shape.dtype
+    number = (
+        getattr(torch, dtype.value)
+        if dtype is not DtypeName.auto
+        else torch.float32
+        if place.type == "cpu"
+        else shape.dtype
+    )
     shape = shape if layers is None else shape.sliced(layers)
     model = shape.build(str(place), number, attention)
     model.generation_config.eos_token_id = None

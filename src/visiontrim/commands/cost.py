@@ -7,10 +7,9 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from visiontrim.commands.options import Answer, Json, Keeps, Methods, Size, Text, size_of, spelled
+from visiontrim.commands.options import Answer, Json, Keeps, Methods, Size, Text, console, every, size_of
 
 if TYPE_CHECKING:
     from visiontrim.measure.cost import Cost
@@ -49,7 +48,7 @@ def cost(
         for name in preset_names():
             print(f"{name:20} {Shape.load(name).checkpoint}")
         return
-    chosen = [load_method("none"), *spelled(method, keep)]
+    chosen = [load_method("none"), *every(method, keep)]
     shape = Shape.load(model)
     if size is not None:
         shape = shape.seeing(*size_of(size))
@@ -59,10 +58,10 @@ def cost(
         setting |= {"dtype": str(shape.dtype).removeprefix("torch.")}
         print(json.dumps(setting | {"plain": plain.to_dict(), "methods": [one.to_dict() for one in ours]}))
         return
-    console = Console(width=None if Console().is_terminal else 160, markup=False, highlight=False)
-    console.print(_table(f"{shape.name}, batch {batch}, {text} text tokens, {answer} answered", plain, ours))
+    screen = console()
+    screen.print(_table(f"{shape.name}, batch {batch}, {text} text tokens, {answer} answered", plain, ours))
     for one in ours:
-        console.print(f"{one.method}, vision tokens by decoder layer: {_runs(one.per_layer)}", soft_wrap=True)
+        screen.print(f"{one.method}, vision tokens by decoder layer: {_runs(one.per_layer)}", soft_wrap=True)
 
 
 def _table(title: str, plain: Cost, ours: list[Cost]) -> Table:

@@ -1,16 +1,45 @@
-"""Options that the commands about cost and speed share."""
+"""Options that commands share, how their texts are read, and what several of them do with these."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not wait for them
+    from visiontrim.ask import Speaker
     from visiontrim.core.method import Method
+
+
+class DtypeName(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[
+    str | None, typer.Option(metavar="ID_OR_DIR", help="Hub name or directory. Default: this package's small model.")
+]
+TextTower = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID_OR_DIR",
+        help="CLIP model that reads the question for methods that want it. Default: the small model's own; for other "
+        "models the embeddings of their language model.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: an accelerator if there is one.")]
+Dtype = Annotated[DtypeName, typer.Option(help="Of the weights; auto: the checkpoint's, float32 on the CPU.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: torch's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 Methods = Annotated[
     list[str],
@@ -22,9 +51,9 @@ Keeps = Annotated[
     list[str],
     typer.Option(
         "--keep",
-        metavar="N|F",
-        help="Vision tokens to keep per image, a number or a fraction. May be repeated: every "
-        "method is run with each. Default: the method's.",
+        metavar="N|F,...",
+        help="Vision tokens to keep per image, numbers or fractions. May be repeated: every method is run with each. "
+        "Default: the method's.",
     ),
 ]
 Text = Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")]
@@ -35,15 +64,6 @@ Size = Annotated[
         metavar="HxW[xFRAMES]", help="Picture in pixels, or a video. Default: the preset's, or the encoder's."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-def spelled(methods: Sequence[str], keeps: Sequence[str]) -> list[Method]:
-    """Every method with every budget, methods first."""
-    from visiontrim.core.registry import load_method
-
-    amounts = [{"keep": amount_of(keep)} for keep in keeps] or [{}]
-    return [load_method(method, **amount) for method in methods for amount in amounts]
 
 
 def amount_of(text: str) -> int | float:
@@ -54,6 +74,22 @@ def amount_of(text: str) -> int | float:
     raise typer.BadParameter(f"--keep: {text!r} is neither a number of tokens (64) nor a fraction (0.25)")
 
 
+def amounts_of(text: str) -> list[int | float]:
+    """Several of them: ``192,128,64``."""
+    return [amount_of(part) for part in text.split(",")]
+
+
+def methods_of(text: str) -> list[str]:
+    """Names with their options, at the commas that no option follows: ``a,b:x=1,y=2,c`` is three methods."""
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", text))):
+        if found and "=" in part.partition(":")[0]:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
 def size_of(text: str) -> tuple[int, int, int]:
     """Height, width, and frames (0 for an image). Raises :class:`typer.BadParameter` for anything else."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", text)
@@ -61,3 +97,42 @@ def size_of(text: str) -> tuple[int, int, int]:
         raise typer.BadParameter(f"--size: {text!r} is no size: write 672x672, or 224x224x8 for a video of 8 frames")
     height, width, frames = (int(number or 0) for number in found.groups())
     return height, width, frames
+
+
+def every(methods: Sequence[str], keeps: Sequence[str]) -> list[Method]:
+    """Every method with every budget, methods first."""
+    from visiontrim.core.registry import load_method
+
+    budgets: list[dict[str, Any]] = [{"keep": amount} for keep in keeps for amount in amounts_of(keep)] or [{}]
+    return [load_method(method, **budget) for method in methods for budget in budgets]
+
+
+def load_speaker(
+    model: str | None, text_tower: str | None, device: str, dtype: DtypeName, threads: int | None = None
+) -> Speaker:
+    """The model, quietly."""
+    import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    from visiontrim.ask import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load(model, text_tower=text_tower, device=device, dtype=dtype.value)
+
+
+def console() -> Console:
+    # A pipe has no width: rich would wrap tables at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner on standard error while something takes its time; nothing where that is no terminal."""
+    terminal = Console(stderr=True)
+    with terminal.status(f"{escape(text)} ...") if terminal.is_terminal else nullcontext():
+        yield

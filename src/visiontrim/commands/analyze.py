@@ -1,4 +1,4 @@
-"""The command line of analysis: ``visiontrim analyze shift | dispersion | layers``."""
+"""``visiontrim analyze shift | dispersion | layers``: where a model looks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from visiontrim.evaluate.commands import Device, Dtype, Model, Threads, load_speaker
+from visiontrim.commands.options import Device, Dtype, DtypeName, Model, Threads, load_speaker
 
 app = typer.Typer(
     help="Where the language model and the vision encoder look, over a stream of questions.",
@@ -31,7 +31,7 @@ def shift(
     out: Out = Path("shift"),
     model: Model = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
     threads: Threads = None,
 ) -> None:
     """Which places of the image each layer attends to, beside the encoder's attention."""
@@ -45,7 +45,7 @@ def dispersion(
     out: Out = Path("dispersion"),
     model: Model = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
     threads: Threads = None,
 ) -> None:
     """How widely attention is spread over the image: sorted and summed up, and as a histogram."""
@@ -59,7 +59,7 @@ def layers(
     out: Out = Path("layers"),
     model: Model = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
     threads: Threads = None,
 ) -> None:
     """How much of each layer's attention goes to the image, and how even it is there."""
@@ -73,7 +73,7 @@ def _analyze(
     out: Path,
     model: str | None,
     device: str,
-    dtype: str,
+    dtype: DtypeName,
     threads: int | None,
 ) -> None:
     from visiontrim.analyze import plots

@@ -1,31 +1,32 @@
-"""The command line of evaluation: ``visiontrim eval`` and ``visiontrim tune``."""
+"""``visiontrim eval`` and ``visiontrim tune``: is it still right, and which setting is the cheapest that is."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from visiontrim.core.budget import Amount
+from visiontrim.commands.options import (
+    Device,
+    Dtype,
+    DtypeName,
+    Model,
+    TextTower,
+    Threads,
+    amounts_of,
+    load_speaker,
+    methods_of,
+)
 from visiontrim.core.errors import TrimError
 
-if TYPE_CHECKING:  # --help must not wait for torch
-    from visiontrim.ask import Speaker
+EVAL_EPILOG = "Example:  visiontrim eval --methods visiontrim,visionzip --keep 64,32 --scenes 20"
+TUNE_EPILOG = "Example:  visiontrim tune --data my.jsonl --target-retention 0.99 --methods visiontrim,visionzip"
 
-app = typer.Typer()
-
-Model = Annotated[
-    str | None, typer.Option(metavar="ID_OR_DIR", help="Hub name or directory. Default: this package's small model.")
-]
-TextTower = Annotated[
-    str | None, typer.Option(metavar="ID_OR_DIR", help="CLIP model that reads questions. Default: the small model's.")
-]
 Methods = Annotated[
     str, typer.Option(metavar="A,B[:K=V],...", help="Methods by name, with options, or all; controls are always there.")
 ]
@@ -34,33 +35,10 @@ Out = Annotated[Path, typer.Option(metavar="DIR", help="Directory of log and rep
 Batch = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
 Scenes = Annotated[int | None, typer.Option(min=1, help="Only the first so many scenes, or pictures of a file.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Ask no further batch that would take longer than this.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: an accelerator if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16; auto: the checkpoint's, float32 on the CPU.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the processor. Default: as torch likes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the scores as JSON instead of the first table.")]
 
 
-def split_methods(text: str) -> list[str]:
-    """Names with their options, at the commas that no option follows: ``a,b:x=1,y=2,c`` is three methods."""
-    found: list[str] = []
-    for part in filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", text))):
-        if found and "=" in part.partition(":")[0]:
-            found[-1] += f",{part}"
-        else:
-            found.append(part)
-    return found
-
-
-def split_keeps(text: str) -> list[Amount]:
-    """Numbers of tokens, or fractions with a point."""
-    try:
-        return [float(part) if "." in part else int(part) for part in text.split(",")]
-    except ValueError:
-        raise TrimError(f"keep={text!r} is no list of budgets: write 192,128,64 or 0.5,0.25") from None
-
-
-@app.command("eval", epilog="Example:  visiontrim eval --methods visiontrim,visionzip --keep 64,32 --scenes 20")
-def eval_command(
+def evaluate(
     suite: Annotated[
         str, typer.Option(metavar="shapes|FILE", help="Bundled suite, or JSON lines of questions.")
     ] = "shapes",
@@ -77,7 +55,7 @@ def eval_command(
     model: Model = None,
     text_tower: TextTower = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -89,8 +67,8 @@ def eval_command(
     from visiontrim.evaluate.suites import load_suite
 
     if ablation is None:
-        chosen = evaluation.all_methods() if methods == "all" else split_methods(methods)
-        blocks = [evaluation.Block.comparison(chosen, split_keeps(keep))]
+        chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
+        blocks = [evaluation.Block.comparison(chosen, amounts_of(keep))]
     else:
         names = evaluation.ablations() if ablation == "all" else [ablation]
         blocks = [evaluation.ablation(name) for name in names]
@@ -124,7 +102,6 @@ def eval_command(
     print(f"{out / 'table.md'}\n{out / 'report.html'}")
 
 
-@app.command(epilog="Example:  visiontrim tune --data my.jsonl --target-retention 0.99 --methods visiontrim,visionzip")
 def tune(
     data: Annotated[
         str, typer.Option(metavar="FILE", help="JSON lines: image, question and, if known, answer; or shapes.")
@@ -141,7 +118,7 @@ def tune(
     model: Model = None,
     text_tower: TextTower = None,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype = DtypeName.auto,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -153,8 +130,8 @@ def tune(
     from visiontrim.plotting import pyplot
 
     pyplot()  # told before the work, if it is missing
-    chosen = evaluation.all_methods() if methods == "all" else split_methods(methods)
-    cells = [Cell(method, amount) for amount in split_keeps(keep) for method in chosen]
+    chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
+    cells = [Cell(method, amount) for amount in amounts_of(keep) for method in chosen]
     for cell in cells:
         cell.load()
     questions = load_suite(data, scenes=scenes)
@@ -177,20 +154,6 @@ def tune(
         print(f"{score.mean:7.1f} tokens per layer  {share:5.1f} %{sure}  {tuning.spelled(score.method, score.keep)}")
     print(f"\n--method {setting}" if setting else f"\nno setting keeps {100 * target_retention:g} %: give more tokens")
     print(out / "frontier.png")
-
-
-def load_speaker(model: str | None, text_tower: str | None, device: str, dtype: str, threads: int | None) -> Speaker:
-    """The model, quietly."""
-    import torch
-    from transformers.utils import logging
-
-    from visiontrim.ask import load
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load(model, text_tower=text_tower, device=device, dtype=dtype)
 
 
 def _progress() -> Callable[[int, int, int], None]:

@@ -1,4 +1,4 @@
-"""The command line of the zoo: ``visiontrim zoo train | eval | phrases | card``."""
+"""``visiontrim zoo train | eval | phrases | card``: the models that ship."""
 
 from __future__ import annotations
 

@@ -46,7 +46,11 @@ def evaluate(
     methods: Methods = "visiontrim",
     keep: Keeps = "192,128,64,32",
     ablation: Annotated[
-        str | None, typer.Option(metavar="NAME", help="fusion, stages, tgvc, layer, split, window, iterations, or all.")
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="fusion, stages, tgvc, layer, split, window, iterations, luvc-language, luvc-vision, luvc, or all.",
+        ),
     ] = None,
     scenes: Scenes = None,
     minutes: Minutes = None,
@@ -70,7 +74,7 @@ def evaluate(
         chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
         blocks = [evaluation.Block.comparison(chosen, amounts_of(keep))]
     else:
-        names = evaluation.ablations() if ablation == "all" else [ablation]
+        names = evaluation.ablations() if ablation == "all" else ablation.split(",")
         blocks = [evaluation.ablation(name) for name in names]
     cells = [cell for block in blocks for cell in block.cells]
     for cell in cells:

@@ -466,5 +466,5 @@ def test_a_broken_grid_has_no_axes():
 
 
 def test_a_layer_below_zero_is_no_place():
-    with pytest.raises(vt.TrimError, match="stands before encoder layer 1 or a later one"):
-        EncoderLayer(0)
+    with pytest.raises(vt.TrimError, match="stands before encoder layer 0 or a later one"):
+        EncoderLayer(-1)

@@ -22,7 +22,7 @@ OPTIONS = {"ficoco-v": {"start": 1}, "hiprune": {"middle": 1}, "vscan": {"shallo
 """Layers that a small encoder has."""
 
 BY_MASS, WITHOUT_GRID = ("crossget", "dymu", "tome", "turbo"), ("ficoco-v",)
-IN_THE_ENCODER = (*BY_MASS, *WITHOUT_GRID, "luvc", "mustdrop")
+IN_THE_ENCODER = (*BY_MASS, *WITHOUT_GRID, "luvc", "mustdrop", "pixelprune")
 REFUSED = {
     **{
         (name, "llava_next", "image"): "acts inside the vision encoder, which is not supported"

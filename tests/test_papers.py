@@ -11,7 +11,7 @@ import pytest
 from language import left_by, mean
 from peers import make_view
 from visiontrim.core.budget import mean_per_layer
-from visiontrim.core.method import Layers, VisionOutput
+from visiontrim.core.method import EncoderLayer, Layers, VisionOutput
 from visiontrim.core.registry import list_methods, load_method
 from visiontrim.core.view import View
 from visiontrim.methods.matching import Matching
@@ -36,7 +36,9 @@ def llava_image() -> View:
     view = make_view(grid=(1, 24, 24), batch=1, dim=32)
     signals = {name: getattr(view, name) for name in ("cls_attention", "column_attention", "encoder_keys")}
     signals["cls_attention_wide"] = view.cls_attention
-    return dataclasses.replace(view, at={(name, layer): signals[name] for name in signals for layer in range(-24, 24)})
+    at = {(name, layer): signals[name] for name in signals for layer in range(-24, 24)}
+    blots = (view.features[:, :, :2] > 1).float()[:, :, None]
+    return dataclasses.replace(view, at=at, pixels=blots, colours=blots)
 
 
 @pytest.mark.parametrize(("call", "count", "parts"), ROWS, ids=[row[0] for row in ROWS])
@@ -74,8 +76,13 @@ def test_calls_inside_the_encoder_leave_what_the_page_says(call, tokens, last, l
             left -= method.count(first_tokens(llava_image, left), number, len(steps))
         assert (left, len(steps)) == (int(tokens), int(last))
         return
-    first, *_, stage = steps
+    first, *rest = steps
     entered = first.select(llava_image).index.shape[1]
+    if not rest:  # PixelPrune
+        assert entered < 576
+        assert (tokens, first.site) == ("by image", EncoderLayer(int(last)))
+        return
+    stage = rest[-1]
     if tokens == "by image":
         assert entered < 576
         assert (576 - entered) % 8 == 0  # windows of nine became one token

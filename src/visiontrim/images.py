@@ -65,6 +65,14 @@ def as_seen(image: Image.Image, image_processor: Any) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def deviations(image_processor: Any) -> tuple[float, ...] | None:
+    """By what an ``image_processor`` divides each channel of colours in [0, 1]; None: it is none of transformers'."""
+    if not getattr(image_processor, "do_normalize", True):
+        return (1.0, 1.0, 1.0)
+    given = getattr(image_processor, "image_std", None)
+    return None if given is None else tuple(given)
+
+
 def downsample(image: Image.Image, keep: Amount, image_processor: Any) -> Image.Image:
     """The control for what removes tokens before the encoder: ``image``, smaller, so that at most ``keep`` come of it.
 

@@ -17,7 +17,7 @@ from visiontrim.core.registry import load_method
 from visiontrim.core.trace import Trace
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.session import Clock, Per, Session
-from visiontrim.images import as_seen
+from visiontrim.images import as_seen, deviations
 from visiontrim.models.family import Family, family_of, unwrapped
 from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower
 from visiontrim.picture import token_map
@@ -57,8 +57,9 @@ def trim(
             Without it such methods do without guidance. May be changed between calls as ``run.question``.
         text_tower: the CLIP model that the vision encoder was taken from: a hub name, a directory, or a
             :class:`TextTower`. Without it, the language model's own embeddings of the question guide.
-        processor: the model's processor. Its tokenizer reads the question when there is no text tower, and
-            ``run.picture`` learns from it which part of an image the model sees.
+        processor: the model's processor. Its tokenizer reads the question when there is no text tower,
+            ``run.picture`` learns from it which part of an image the model sees, and methods that compare colours how
+            it normalised them.
         positions: position ids of survivors: ``"keep"`` (their own), ``"compact"`` (consecutive), or ``"members"``: a
             merged token has those of up to 8 of its members (:mod:`visiontrim.engine.members`). None takes the
             method's rule, but not ``"compact"`` where the model's positions are several numbers each (Qwen).
@@ -113,7 +114,10 @@ class Run:
             )
         self._questions = Questions(guidance, _words(self._family, processor), question)
         rule = positions or ("keep" if self._family.mrope and method.positions == "compact" else method.positions)
-        self._session = Session(self._family, method, rule, per, remember, self._questions, self._finish, clock)
+        deviation = deviations(getattr(processor, "image_processor", None))
+        self._session = Session(
+            self._family, method, rule, per, remember, self._questions, deviation, self._finish, clock
+        )
         self._trace: Trace | None = None
         self._attached = False
 

@@ -17,13 +17,13 @@ Positions = Literal["keep", "compact", "members"]
 
 @dataclass(frozen=True, slots=True)
 class EncoderLayer:
-    """Just before layer ``index`` of the vision encoder, so after ``index`` layers."""
+    """Just before layer ``index`` of the vision encoder, so after ``index`` layers; 0: on embedded patches."""
 
     index: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 1:
-            raise TrimError(f"layer={self.index!r}: an encoder stage stands before encoder layer 1 or a later one")
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+            raise TrimError(f"layer={self.index!r}: an encoder stage stands before encoder layer 0 or a later one")
 
     def __str__(self) -> str:
         return f"encoder layer {self.index}"
@@ -59,7 +59,7 @@ class Layers:
     """Layers of a model, for methods whose places depend on them."""
 
     encoder: int
-    """Layers of the vision encoder that its output passes through; stages stand before layers 1 to ``encoder - 1``."""
+    """Layers of the vision encoder that its output passes through; stages stand before layers 0 to ``encoder - 1``."""
     decoder: int
     """Layers of the language model."""
     whole: tuple[int, ...] = ()
@@ -137,6 +137,14 @@ class Step(Method):
     @property
     def proportional(self) -> bool:
         """Whether later layers of the encoder attend to each token in proportion to its mass (encoder layers only)."""
+        return False
+
+    @property
+    def own_counts(self) -> bool:
+        """Whether what a picture shows decides how much is kept. The step then sees one segment at a time.
+
+        Pictures that are rows of a batch of the encoder must still agree on their counts inside it.
+        """
         return False
 
     @abstractmethod

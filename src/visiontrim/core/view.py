@@ -28,6 +28,8 @@ SignalName = Literal[
     # between encoder layers
     "encoder_queries",
     "cls_query",
+    "pixels",
+    "colours",
     # at both
     "text",
     # between decoder layers
@@ -115,6 +117,12 @@ class View:
     logit of the attention (encoder layers only)."""
     cls_query: Float[Tensor, "batch heads 1 head_dim"] | None = None
     """The query of [CLS] in that layer, scaled likewise (encoder layers only)."""
+    pixels: Float[Tensor, "batch tokens channels values"] | None = None
+    """What the model got as the pixels of each token: normalised by its processor, and equal where they were. Of a
+    token that others merged into, its own (encoder layers only)."""
+    colours: Float[Tensor, "batch tokens channels values"] | None = None
+    """``pixels`` with the whole range of a channel as 1, up to a constant for each channel, so that differences are
+    those of values in [0, 1]. Needs the processor of the run (encoder layers only)."""
     projected: Float[Tensor, "batch tokens width"] | None = None
     """The tokens in the language model's space, after the projector."""
     joint: Float[Tensor, "batch tokens joint"] | None = None

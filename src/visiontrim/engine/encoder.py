@@ -1,6 +1,6 @@
-"""Merging inside the vision encoder: between two of its layers.
+"""Dropping and merging inside the vision encoder: before its first layer, or between two of them.
 
-The layers after a merge, the projector and the language model run on fewer tokens. Special tokens ([CLS], registers)
+The layers after it, the projector and the language model run on fewer tokens. Special tokens ([CLS], registers)
 stand before the patches and never merge. Behind the encoder every place holds what its token was merged into, and
 :mod:`.vision` keeps the slots of the survivors, so that generate() sees the uncompressed prompt.
 """
@@ -8,7 +8,7 @@ stand before the patches and never merge. Behind the encoder every place holds w
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,38 +25,50 @@ from visiontrim.engine.pack import gather
 from visiontrim.engine.placing import placed
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.select import checked_select
-from visiontrim.engine.signals import encoder_signals
+from visiontrim.engine.signals import HEARD, PIXELS, encoder_signals, pixel_signals
 from visiontrim.engine.survivors import Merging, Survivors, coordinates
 from visiontrim.models.family import Family
 
 if TYPE_CHECKING:
     from visiontrim.engine.session import Session
 
-HEARD = frozenset(
-    {"encoder_keys", "encoder_queries", "cls_query", "cls_attention", "received_attention", "column_attention"}
-)
-"""Signals of the attention in the layer before a step."""
-
 
 class EncoderStage:
     """Hooks on the encoder's layers. Without steps there are none."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], per: str, session: Session) -> None:
+    def __init__(
+        self,
+        family: Family,
+        steps: Mapping[int, Step],
+        per: str,
+        apart: bool,
+        deviation: Sequence[float] | None,
+        session: Session,
+    ) -> None:
         self._family = family
         self._steps = steps
         self._per = per
+        self._apart = apart
+        self._deviation = deviation
         self._session = session
         self._layers = family.encoder_layers("image")
         attention = family.encoder("image").config._attn_implementation or "" if steps else ""
-        for step in steps.values():
+        for index, step in steps.items():
             if step.proportional and ("flash" in attention or not family.masked):
                 which = attention if family.masked else f"the encoder of {type(family).__name__}"
                 raise TrimError(
                     f"{step} weighs attention by mass, which {which} cannot do: set proportional=false"
                     + (", or load the model with attn_implementation='sdpa'" if family.masked else "")
                 )
-            if unknown := step.needs - HEARD:
-                raise TrimError(f"{step} reads {', '.join(map(str, unknown))}, which there is none of in the encoder")
+            heard = frozenset() if index == 0 else HEARD
+            if unknown := step.needs - heard - PIXELS:
+                where = "before the first encoder layer" if index == 0 else "in the encoder"
+                raise TrimError(f"{step} reads {', '.join(map(str, unknown))}, which there is none of {where}")
+            if "colours" in step.needs and deviation is None:
+                raise TrimError(
+                    f"{step} compares colours in [0, 1], but how the model's processor normalised them is not known: "
+                    "pass processor="
+                )
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -67,7 +79,7 @@ class EncoderStage:
             hook = functools.partial(self._before_layer, index)
             removers.append(self._layers[index].register_forward_pre_hook(hook, with_kwargs=True))
         for index, step in self._steps.items():
-            if step.needs:
+            if step.needs & HEARD:
                 module = family.attentions("image")[index - 1]
                 removers.append(AttentionProbe(module, functools.partial(self._hear, step)))
         if family.mergers("image"):
@@ -119,9 +131,11 @@ class EncoderStage:
             name: inside.tokens(torch.cat(parts)) for name, parts in encoding.between.items()
         }
         encoding.between = {}
+        pixels = pixel_signals(inside, encoding, step.needs, self._deviation)
         keeps, outputs = [], []
         for number, features in enumerate(tokens):
             signals: dict[Signal, Tensor] = {name: values[number].mean(2) for name, values in heard.items()}
+            signals |= {name: values[number] for name, values in pixels.items()}
             keep = checked_select(step, self._view(encoding, inside, number, features, signals))
             keeps.append(keep)
             outputs.append(gather(features, keep.index) if keep.features is None else keep.features.to(hidden.dtype))
@@ -159,7 +173,7 @@ class EncoderStage:
         )
 
     def _begin(self, call: Call, encoding: Encoding) -> Inside:
-        encoding.placed = placed(call, encoding, self._family, self._per, None)
+        encoding.placed = placed(call, encoding, self._family, self._per, self._apart, None)
         groups = [(group.grid, tokens) for group, tokens, _ in encoding.placed]
         merging = [
             Merging(grid, grid, Survivors.uncompressed(tokens.shape[0], tokens.shape[1], tokens.device))
@@ -193,7 +207,7 @@ class EncoderStage:
         if encoding is None:
             return
         instead: Signal = "cls_attention" if self._family.special_tokens else "received_attention"
-        needs: set[Signal] = {instead if name == "cls_attention" else name for name in step.needs}
+        needs: set[Signal] = {instead if name == "cls_attention" else name for name in step.needs & HEARD}
         if not self._family.special_tokens:
             needs.discard("cls_query")
         with self._session.clock("method"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
@@ -96,12 +96,14 @@ class Inside:
         if self.packing is None and len(counts) > 1:
             raise TrimError(
                 f"{step} would leave {' and '.join(map(str, sorted(counts)))} tokens of tiles that go through the "
-                "encoder as one batch: give keep as a fraction, or per='tile'"
+                "encoder as one batch: give keep as a fraction, or per='tile', or pass one picture at a time"
             )
         inside = replace(self, merging=merging)
         same = (keep.index.shape == places.shape for keep, places in zip(keeps, self.places, strict=True))
         if all(same) and all(keep.features is None for keep in keeps):
             return inside
+        if self.packing is not None and not any(m.mixed for m in merging):
+            return inside._fewer()
         packing, numbers = inside._packed(), inside._numbers()
         if packing is not None:
             place = packing.order.argsort().to(numbers[0].device)
@@ -161,6 +163,21 @@ class Inside:
             boxes.append(merging.grid if uncompressed else merging.lattice or (1, 1, merging.now.index.shape[1]))
         return boxes
 
+    def _fewer(self) -> Inside:
+        """Tokens that nothing merged into stay where the encoder began with them: in their frame and window."""
+        whole = self.family.packing(self.kind, self._boxes(uncompressed=True))
+        assert whole is not None
+        survivors = [at.gather(1, m.now.index).cpu() for m, at in zip(self.merging, self.at, strict=True)]
+        here = torch.isin(whole.order, torch.cat([group.flatten() for group in survivors]))
+        place = (here.cumsum(0) - 1)[whole.order.argsort()].to(self.at[0].device)
+        windows = None if whole.windows is None else _counts(here, whole.windows)
+        return replace(
+            self,
+            packing=Packing(whole.order[here], _counts(here, whole.chunks), windows),
+            places=tuple(place[group.to(place.device)] for group in survivors),
+            merged=True,
+        )
+
     def _packed(self) -> Packing | None:
         packing = self.family.packing(self.kind, self._boxes())
         if packing is None:
@@ -172,3 +189,8 @@ class Inside:
                     "encoder attends by frames or windows: use a method that keeps a grid, such as luvc"
                 )
         return packing
+
+
+def _counts(here: Bool[Tensor, " tokens"], sizes: Sequence[int]) -> list[int]:
+    """How many of each of the chunks of ``sizes`` tokens are ``here``, of those with any."""
+    return [count for chunk in here.split(list(sizes)) if (count := int(chunk.sum()))]

@@ -23,15 +23,20 @@ class Placed(NamedTuple):
     marks: Int[Tensor, "images marks"]
 
 
-def placed(call: Call, encoding: Encoding, family: Family, per: str, lengths: list[int] | None) -> list[Placed]:
-    """The segments of what is encoded, by group; ``per`` and ``lengths`` as for :meth:`Family.visuals`."""
+def placed(
+    call: Call, encoding: Encoding, family: Family, per: str, apart: bool, lengths: list[int] | None
+) -> list[Placed]:
+    """The segments of what is encoded, by group, or each in a group of its own if they are to be ``apart``.
+
+    ``per`` is that of :meth:`Visual.split`, ``lengths`` that of :meth:`Family.visuals`.
+    """
     visuals = family.visuals(encoding.kind, encoding.arguments, lengths)
     device = call.input_ids.device
     placeholders = family.placeholders(call.input_ids, encoding.kind)
     owners = call.owners(placeholders, visuals)
     starts = list(itertools.accumulate((visual.length for visual in visuals), initial=0))
     number = 1 + max((number for group in call.groups for number in group.numbers), default=-1)
-    members: dict[tuple[Part, int], list[tuple[int, int, Segment]]] = {}
+    members: dict[tuple[Part, int, int], list[tuple[int, int, Segment]]] = {}
     for tiles in _images(owners, placeholders, family.adjoining):
         whole, before = [visuals[tile] for tile in tiles], 0
         for tile, visual in zip(tiles, whole, strict=True):
@@ -39,11 +44,12 @@ def placed(call: Call, encoding: Encoding, family: Family, per: str, lengths: li
                 if len(tiles) > 1 and per == "image":
                     budget, start = sum(tile.total for tile in whole), before + start
                 part = Part(encoding.kind, segment.grid, budget, start, segment.marks_stay)
-                members.setdefault((part, len(segment.marks)), []).append((number, tile, segment))
+                alike = part, len(segment.marks), len(members) if apart else 0
+                members.setdefault(alike, []).append((number, tile, segment))
             before += visual.total
         number += 1
     groups = []
-    for (part, _), segments in members.items():
+    for (part, *_), segments in members.items():
         start = torch.tensor([starts[tile] for _, tile, _ in segments])[:, None]
         offset = torch.tensor([owners[tile][1] for _, tile, _ in segments])[:, None]
         index = torch.stack([segment.index for _, _, segment in segments])

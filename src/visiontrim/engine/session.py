@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -48,6 +48,7 @@ class Session:
         per: what a number of tokens is meant for.
         remember: calls of the encoder whose output is kept on the host; a method that acts inside it keeps none.
         questions: for guidance by text.
+        deviation: by what the processor divided each channel of colours in [0, 1]; None: that is not known.
         finish: called with the trace of every prefill that held images.
         clock: times the method's own work under the name "method".
     """
@@ -60,6 +61,7 @@ class Session:
         per: Per,
         remember: int,
         questions: Questions,
+        deviation: Sequence[float] | None,
         finish: Callable[[Trace], None],
         clock: Clock | None = None,
     ) -> None:
@@ -75,9 +77,11 @@ class Session:
         encoder, vision, language = _by_site(method, depth)
         _check_layers(family, language)
         memory = Memory(remember, once_each=not encoder) if remember else None
+        steps = (*encoder.values(), *([] if vision is None else [vision]), *language.values())
+        apart = any(step.own_counts for step in steps)
         self._stages = (
-            EncoderStage(family, encoder, per, self),
-            VisionStage(family, vision, per, memory, questions, self),
+            EncoderStage(family, encoder, per, apart, deviation, self),
+            VisionStage(family, vision, per, apart, memory, questions, self),
             LanguageStage(family, language, positions, _narrows_cache(method), self),
         )
         self._removers: list = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 import torch
 from jaxtyping import Float
@@ -11,14 +11,22 @@ from torch import Tensor
 from visiontrim.core.errors import TrimError
 from visiontrim.core.view import Signal, SignalName
 from visiontrim.engine.call import Encoding
+from visiontrim.engine.inside import Inside
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_columns, attention_received, attention_rows
+
+HEARD: frozenset[Signal] = frozenset(
+    {"encoder_keys", "encoder_queries", "cls_query", "cls_attention", "received_attention", "column_attention"}
+)
+"""Signals of the attention in the layer before a step between the encoder's layers."""
+PIXELS: frozenset[Signal] = frozenset({"pixels", "colours"})
+"""Signals of the picture that such a step may read."""
 
 
 def encoder_signals(
     family: Family,
     encoding: Encoding,
-    signals: Collection[Signal],
+    signals: Iterable[Signal],
     query: Float[Tensor, "pictures heads sequence dim"],
     key: Float[Tensor, "pictures heads sequence dim"],
     scaling: float | None,
@@ -63,6 +71,21 @@ def _signal(
 
 def _scaled(query: Tensor, scaling: float | None) -> Tensor:
     return query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def pixel_signals(
+    inside: Inside, encoding: Encoding, needs: Set[Signal], deviation: Sequence[float] | None
+) -> dict[Signal, list[Float[Tensor, "images kept channels values"]]]:
+    """``pixels`` and ``colours`` of the tokens that are left, by group."""
+    if not needs & PIXELS:
+        return {}
+    pixels = inside.family.pixels(encoding.kind, encoding.arguments).to(inside.at[0].device)
+    left = [pixels[at.gather(1, m.now.index)] for m, at in zip(inside.merging, inside.at, strict=True)]
+    signals: dict[Signal, list[Tensor]] = {"pixels": left}
+    if deviation is not None:
+        scale = torch.tensor(deviation, device=pixels.device)[:, None]
+        signals["colours"] = [group.float() * scale for group in left]
+    return {name: values for name, values in signals.items() if name in needs}
 
 
 def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[tuple[Tensor, Tensor]]:

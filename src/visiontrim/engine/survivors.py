@@ -77,6 +77,8 @@ class Merging:
     """What each step so far left, in order."""
     proportional: bool = False
     """Whether attention to a token is in proportion to its mass."""
+    mixed: bool = False
+    """Whether a step changed what tokens carry; if not, they are just fewer."""
 
     @property
     def mass(self) -> Float[Tensor, "images kept"]:
@@ -93,6 +95,7 @@ class Merging:
             now=now,
             history=(*self.history, (step.site, now)),
             proportional=self.proportional or step.proportional,
+            mixed=self.mixed or keep.features is not None,
         )
 
     @property

@@ -42,11 +42,19 @@ class VisionStage:
     """
 
     def __init__(
-        self, family: Family, step: Step | None, per: str, memory: Memory | None, questions: Questions, session: Session
+        self,
+        family: Family,
+        step: Step | None,
+        per: str,
+        apart: bool,
+        memory: Memory | None,
+        questions: Questions,
+        session: Session,
     ) -> None:
         self._family = family
         self._step = step
         self._per = per
+        self._apart = apart
         self._memory = memory
         self._needs: frozenset[Signal] = step.needs if step is not None else frozenset()
         self._questions = questions
@@ -169,7 +177,7 @@ class VisionStage:
         family, features = self._family, tokens.flatten(0, -2)
         source = family.source(encoding.kind, encoding.arguments)
         source = None if source is None else source.to(tokens.device)
-        segments = encoding.placed or placed(call, encoding, family, self._per, lengths)
+        segments = encoding.placed or placed(call, encoding, family, self._per, self._apart, lengths)
         inside, step, changed = encoding.inside, self._step, False
         if step is None and inside is None:
             call.groups += [group for group, _, _ in segments]

@@ -21,6 +21,7 @@ from visiontrim.methods.luvc import LUVC
 from visiontrim.methods.mmtok import MMTok
 from visiontrim.methods.mustdrop import MustDrop
 from visiontrim.methods.parvts import ParVTS
+from visiontrim.methods.pixelprune import PixelPrune
 from visiontrim.methods.ppe import PPE
 from visiontrim.methods.prumerge import PruMerge, PruMergePlus
 from visiontrim.methods.prunesid import PruneSID
@@ -61,6 +62,7 @@ __all__ = [
     "MustDrop",
     "NoTrim",
     "ParVTS",
+    "PixelPrune",
     "PruMerge",
     "PruMergePlus",
     "PruneSID",

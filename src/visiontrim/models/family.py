@@ -165,6 +165,12 @@ class Family(ABC):
         """Cosines and sines [patches, head_dim], float32, that layers with a :meth:`packing` get for (row, column)."""
         raise NotImplementedError
 
+    def pixels(self, kind: Kind, arguments: Arguments) -> Float[Tensor, "tokens channels values"]:
+        """Pixels of everything that becomes a vision token, in the order of placeholders, as the model gets them."""
+        raise TrimError(
+            f"{type(self).__name__} does not say which pixels its tokens come from: use a method that compares none"
+        )
+
     def mergers(self, kind: Kind) -> Sequence[Any]:
         """Modules behind or between the encoder's layers that make vision tokens of units of patches."""
         return ()

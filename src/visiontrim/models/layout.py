@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Grid = tuple[int, int, int]
@@ -129,6 +129,14 @@ def with_newlines(
     grid = (1, len(marks), len(mosaic) // len(marks))
     origin = None if tile is None else tile[mosaic]
     return Visual(len(is_mark), (Segment(overview, places[:base]), Segment(grid, mosaic, marks, tile=origin)))
+
+
+def squares(
+    pixels: Float[Tensor, "pictures channels height width"], side: int
+) -> Float[Tensor, "squares channels values"]:
+    """The pixels of every ``side`` x ``side`` square, picture by picture in raster order, without borders."""
+    cut = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
+    return cut.flatten(0, 2).flatten(2)
 
 
 def equal_grids(lengths: Sequence[int], grid: Grid) -> list[Visual]:

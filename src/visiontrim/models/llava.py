@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.models.family import Arguments, Family, Kind, register_family
-from visiontrim.models.layout import Grid, Visual
+from visiontrim.models.layout import Grid, Visual, squares
 
 _TOWERS = {
     "clip_vision_model": (1, "default"),
@@ -97,6 +97,9 @@ class Llava(LlavaLike):
     def encoder_layers(self, kind: Kind) -> Sequence[Any]:
         # Pixtral gets all pictures in one sequence
         return () if self.model.config.vision_config.model_type == "pixtral" else self.encoder(kind).encoder.layers
+
+    def pixels(self, kind: Kind, arguments: Arguments) -> Tensor:
+        return squares(arguments["pixels"], self.model.config.vision_config.patch_size)
 
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         patch = self.model.config.vision_config.patch_size

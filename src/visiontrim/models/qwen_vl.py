@@ -72,6 +72,13 @@ class QwenVL(Family):
         angles = torch.cat([angles, angles], -1)
         return angles.cos(), angles.sin()
 
+    def pixels(self, kind: Kind, arguments: Arguments) -> Tensor:
+        time = self.model.config.vision_config.temporal_patch_size
+        patches = arguments["pixels"].view(-1, self.factor**2, 3, time, self.model.config.vision_config.patch_size**2)
+        if kind == "image":  # stands there ``time`` times
+            patches = patches[:, :, :, :1]
+        return patches.transpose(1, 2).flatten(2)
+
     def _grids(self, kind: Kind, arguments: Arguments) -> Tensor:
         return arguments.get(f"{kind}_grid_thw", arguments.get("image_grid_thw"))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.models.family import Arguments, Family, Kind, Picture, register_family
-from visiontrim.models.layout import Grid, Visual, equal_grids
+from visiontrim.models.layout import Grid, Visual, equal_grids, squares
 
 
 class _Square(Family):
@@ -71,6 +71,9 @@ class InternVL(_Square):
 
     def encoder_layers(self, kind: Kind) -> Sequence[Any]:
         return self.encoder(kind).encoder.layer
+
+    def pixels(self, kind: Kind, arguments: Arguments) -> Tensor:
+        return squares(arguments["pixels"], self.model.config.vision_config.patch_size[0] * self.factor)
 
     def mergers(self, kind: Kind) -> Sequence[Any]:
         return (self.core.multi_modal_projector,)

@@ -31,7 +31,7 @@ from visiontrim.zoo.suite import SPLITS, digest
 from visiontrim.zoo.video import MOTION_TYPES, draw_video
 
 WEIGHTS = {
-    MODEL_DIR: "13836608eadd2c40c068053ee904a4584027ec339cb717a43c8bd0e25ca12ce3",
+    MODEL_DIR: "4d04201ec4f6d10930c1e9b81ec656626bec87df5d4889d93eb18b70d8df4436",
     CLIP_DIR: "0b3d758a308d4aea60f3cca8d4ba8a8699463a6260adad4b1eeaeebb05e775f9",
 }
 

@@ -24,7 +24,10 @@ ENVIRONMENTS = {
     "5.19": (["transformers==5.19.*"], FAMILIES),
     "newest": (["transformers>=5.16.1,<6"], FAMILIES),
     "optional": ([*OPTIONAL, "transformers>=5.16.1,<6"], ["tests/optional"]),
+    "lmms-eval": ([], ["tests/lmms"]),
 }
+PINNED = {"lmms-eval": ROOT / "constraints" / "lmms-eval.txt"}
+"""Packages that are put over the others without asking for what they ask for, which would be another torch."""
 FREE = ("transformers", "huggingface_hub", "tokenizers", "hf-xet")
 """What every release of transformers asks for anew; all else is as in constraints/tested.txt."""
 
@@ -44,9 +47,12 @@ def run(name: str) -> bool:
     if not python.exists():
         venv.create(home, with_pip=True)
     install(python, home / "constraints.txt", packages)
+    if name in PINNED:
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "-r", PINNED[name]], check=True)
     shown = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
     versions = dict(
-        re.findall(r"^(transformers|torch|accelerate|bitsandbytes|peft|torchao) +(\S+)", shown, re.MULTILINE)
+        re.findall(r"^(transformers|torch|accelerate|bitsandbytes|lmms_eval|peft|torchao) +(\S+)", shown, re.MULTILINE)
     )
     start = time.monotonic()
     done = subprocess.run([python, "-m", "pytest", "-n", "auto", *tests], cwd=ROOT)

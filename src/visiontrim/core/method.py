@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 from visiontrim.core.errors import TrimError
 from visiontrim.core.view import Keep, Signal, View
 
-Positions = Literal["keep", "compact", "members"]
-"""Position ids of survivors: their own (gaps stay), consecutive ones, or for merged ones those of several members."""
+Positions = Literal["keep", "compact", "members", "unmerged"]
+"""Position ids of survivors: their own (gaps stay), consecutive ones, for merged ones those of several members, or in
+attention those of all members, at each of which they stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,8 @@ class Plan(Method):
     @property
     def positions(self) -> Positions:
         rules = {method.positions for method in self.methods}
-        return "members" if "members" in rules else "compact" if "compact" in rules else "keep"
+        order: tuple[Positions, ...] = ("unmerged", "members", "compact", "keep")
+        return next(rule for rule in order if rule in rules)
 
     def steps(self) -> tuple[Step, ...]:
         return tuple(step for method in self.methods for step in method.steps())

@@ -23,6 +23,7 @@ from visiontrim.models.layout import Visual
 if TYPE_CHECKING:
     from visiontrim.engine.inside import Inside
     from visiontrim.engine.placing import Placed
+    from visiontrim.engine.unmerging import Repeated
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,14 @@ class Prefill(Forward):
     whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
     """For every group the places, in the uncompressed chunk, of all of its tokens."""
     removals: list[Removal] = field(default_factory=list)
+    repeated: Repeated | None = None
+    """How attention sees merged tokens; None: as they are."""
     heard: Heard = field(default_factory=Heard)
+
+    @property
+    def attended(self) -> Alive:
+        """What attention sees and caches of the chunk."""
+        return self.alive if self.repeated is None else self.repeated.alive
 
     @property
     def prompt_end(self) -> int:

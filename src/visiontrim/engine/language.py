@@ -34,6 +34,7 @@ from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import place_groups, select_between_layers
+from visiontrim.engine.unmerging import Unmerging
 from visiontrim.models.family import Family
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class LanguageStage:
         self._steps = steps
         self._compact = positions == "compact"
         self._members = Members(family, session) if positions == "members" else None
+        self._unmerging = Unmerging(family, steps, session) if positions == "unmerged" else None
         self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
         """The decoder layer from which on only what the last stage left stays cached."""
         self._session = session
@@ -64,6 +66,8 @@ class LanguageStage:
         ]
         if self._members is not None:
             removers.append(self._members.attach())
+        if self._unmerging is not None:
+            removers += self._unmerging.attach()
         if self._family.bidirectional:
             removers.append(self._family.core.register_forward_pre_hook(self._before_masks, with_kwargs=True))
         if self._family.deepstack is not None:
@@ -175,6 +179,8 @@ class LanguageStage:
         image = self._family.placeholders(prefill.call.forward_ids)
         index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
+        if self._unmerging is not None:
+            prefill.repeated = self._unmerging.repeated(prefill, embeds)
         kwargs["position_ids"] = self._positions(prefill, 0)
         if self._family.bidirectional:
             alive = prefill.alive
@@ -193,10 +199,10 @@ class LanguageStage:
         return chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, prefill.alive.valid)
 
     def _positions(self, forward: Forward, layer: int) -> Tensor:
-        """Position ids of what is left of the chunk, for decoder layer ``layer``."""
+        """Position ids of what attention sees of the chunk, for decoder layer ``layer``."""
         positions = forward.positions
         if isinstance(forward, Prefill):
-            origin = forward.alive.origin
+            origin = forward.attended.origin
             if positions.ndim == 3:
                 positions = torch.stack([gather(channel, origin) for channel in positions])
             else:
@@ -297,7 +303,8 @@ class LanguageStage:
             return
         ends = [removal.start for removal in prefill.removals[1:]] + [len(self._model.layers)]
         for removal, end in zip(prefill.removals, ends, strict=True):
-            valid = removal.alive.valid
+            attended = removal.alive if prefill.repeated is None else prefill.repeated.alive
+            valid = attended.valid
             padded = not bool(valid.all())
             for index in range(removal.start, end):
                 shift, mask, left = None, None, valid
@@ -325,6 +332,7 @@ class LanguageStage:
         widths = [prefill.length] * layers
         for removal in prefill.removals:
             widths[removal.start :] = [removal.alive.origin.shape[1]] * (layers - removal.start)
+        attended = widths if prefill.repeated is None else [prefill.repeated.alive.origin.shape[1]] * layers
         lengths = () if cache is None else tuple(physical_length(cache, index) for index in range(layers))
         return Trace(
             images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, _, _, n, image in images),
@@ -333,6 +341,7 @@ class LanguageStage:
             length=prefill.length,
             past=prefill.past,
             widths=tuple(widths),
+            attended=tuple(attended),
             cache_lengths=lengths,
             cache_bytes=0 if cache is None else cache_bytes(cache),
         )

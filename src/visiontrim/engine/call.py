@@ -317,6 +317,10 @@ class Forward:
     """Logical position ids of the chunk, [batch or 1, length] or [channels, batch, length]."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """What decoder layers get from here on instead of the model's own keyword arguments."""
+    answers: bool = False
+    """Whether it is a step of decoding that sees a part of the cache."""
+    passed: Attended | None = None
+    """What the layer before that step's choice got."""
 
     @property
     def past_mask(self) -> Tensor | None:

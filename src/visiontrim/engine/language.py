@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Positions, Step
+from visiontrim.core.method import Decoding, Positions, Step
 from visiontrim.core.trace import Trace
 from visiontrim.engine.cache import (
     cache_bytes,
@@ -28,6 +28,7 @@ from visiontrim.engine.cache import (
     trimmed_layer,
 )
 from visiontrim.engine.call import Alive, Call, Forward, Heard, Prefill, Removal
+from visiontrim.engine.decoding import DecodingStage
 from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.masks import narrowed_mask
 from visiontrim.engine.members import Members
@@ -45,7 +46,13 @@ class LanguageStage:
     """Hooks on the language model (the seam) and, where needed, on its layers."""
 
     def __init__(
-        self, family: Family, steps: Mapping[int, Step], positions: Positions, narrow: bool, session: Session
+        self,
+        family: Family,
+        steps: Mapping[int, Step],
+        decoding: Decoding | None,
+        positions: Positions,
+        narrow: bool,
+        session: Session,
     ) -> None:
         self._family = family
         self._model = family.language_model
@@ -56,7 +63,8 @@ class LanguageStage:
         self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
         """The decoder layer from which on only what the last stage left stays cached."""
         self._session = session
-        self._hearing = Hearing(family, steps, session)
+        self._hearing = Hearing(family, steps, decoding, session)
+        self._decoding = DecodingStage(family, decoding, steps, session) if decoding is not None else None
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -74,7 +82,10 @@ class LanguageStage:
             removers.append(Replaced(self._model, self._family.deepstack, self._add_features))
         # flash attention reads gaps in position_ids as borders of packed sequences, so no layer may get them
         flash = "flash" in (self._model.config._attn_implementation or "")
-        first = 0 if flash else min(self._steps.keys() | self._hearing.remembers, default=len(self._model.layers))
+        hooked = self._steps.keys() | self._hearing.remembers
+        if self._decoding is not None:
+            hooked = hooked | {self._decoding.layer}
+        first = 0 if flash else min(hooked, default=len(self._model.layers))
         for index in range(first, len(self._model.layers)):
             hook = self._layer_hook(index)
             removers.append(self._model.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -109,6 +120,8 @@ class LanguageStage:
             return None
         self._check_once(cache)
         forward = self._session.forward = self._forward(call, cache, kwargs)
+        if self._decoding is not None:
+            self._decoding.enter(forward)
         first = trimmed_layer(cache, 0)
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
@@ -237,6 +250,8 @@ class LanguageStage:
                 hidden = self._start_segment(forward, layer, hidden, args, kwargs)
             if isinstance(forward, Prefill):
                 self._hearing.remember(forward, layer, hidden)
+            elif self._decoding is not None and layer == self._decoding.layer:
+                self._decoding.before_layer(forward, hidden)
             if not forward.overrides:
                 return None
             kwargs = kwargs | {key: value for key, value in forward.overrides.items() if key in kwargs}
@@ -286,6 +301,8 @@ class LanguageStage:
         if not isinstance(prefill, Prefill) or output is None:  # None: the forward raised
             return None
         self._note_removals(prefill)
+        if self._decoding is not None:
+            self._decoding.note(prefill)
         self._session.finish(self._trace(prefill))
         if not prefill.removals:
             return None

@@ -3,7 +3,7 @@
 The layers before a method's :class:`~visiontrim.core.method.Decoding` see everything. The attention of the new token in
 the last of them is computed again for its one row, the method answers which vision tokens it sees from the next layer
 on, and the others are hidden there by a mask that lives for this step. The cache is not touched: every layer holds
-what it held, so that the next step can choose anew. A mask hides keys and saves neither memory nor reading. (Copying 30 %
+what it held, so that the next step can choose anew. A mask saves neither memory nor the reading of keys. (Copying 30 %
 of them together, layer by layer and step by step, moves nearly as many bytes: they are read, written and read again.)
 
 A mask over keys is what every implementation of attention in transformers understands: sdpa and eager as 4 axes, flash

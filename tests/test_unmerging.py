@@ -274,9 +274,9 @@ class Rows:
 
 
 def test_weights_meet_the_merged_tokens_alone():
-    """Hooks of ours on the maps come after the engine's, so they see its repeated rows, except of what it averaged."""
+    """Projections of the attention included: what they give is repeated, and averaged before the output projection."""
     model, inputs = llava(), prompts((3, "image", 5))
-    rows = Rows(model)  # before the engine's: they see what the maps themselves give
+    rows = Rows(model)  # hooks before the engine's, so they see what the maps themselves give
     with vt.trim(model, vt.DyMU(keep=5, unmerge=True)) as run:
         model(**inputs)
         assert set(rows.counts.values()) == {run.trace.widths[0]}

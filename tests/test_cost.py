@@ -73,7 +73,10 @@ def test_llava_1_5_7b_by_hand():
     assert plain.vision - ours.vision == 2 * projector * (576 - 64)
 
 
-@pytest.mark.parametrize("method", ["none", "uniform:keep=64|uniform:keep=0.25,layer=2", "tome:keep=144"])
+@pytest.mark.parametrize(
+    "method",
+    ["none", "uniform:keep=64|uniform:keep=0.25,layer=2", "tome:keep=144", "dymu:keep=144,unmerge=true"],
+)
 def test_the_formula_is_what_torch_counts_on_the_bundled_model(method):
     shape, model = Shape.load("bundled"), zoo.load().model
     model.set_attn_implementation("sdpa")
@@ -82,11 +85,13 @@ def test_the_formula_is_what_torch_counts_on_the_bundled_model(method):
     with vt.trim(model, method) as run:
         flops, cached = counted(model, inputs, 4)
     own = 0
-    if method.startswith("tome"):  # the similarities of every layer are the method's own
+    if method.startswith(("tome", "dymu")):  # the similarities of every layer are the method's own
         own = flops - cost.flops
         assert 0 < own < 0.05 * flops
     assert cost.flops == flops - own
     assert cost.kv_answer == cached // 2  # the checkpoint is float16, zoo.load() gives float32
+    lengths = run.trace.cache_lengths
+    assert cost.kv_vision * sum(lengths) == cost.kv_prompt * sum(length - 20 for length in lengths)
     assert cost.per_layer == run.report.per_layer
     assert cost.prefill - run.report.flops == 2 * 2 * model.lm_head.weight.numel()
 

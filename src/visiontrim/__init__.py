@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontrim.core.errors import TrimError
-    from visiontrim.core.method import DecoderLayer, EncoderLayer, Layers, Method, Plan, Step, VisionOutput
+    from visiontrim.core.method import DecoderLayer, Decoding, EncoderLayer, Layers, Method, Plan, Step, VisionOutput
     from visiontrim.core.registry import list_methods, load_method, register
-    from visiontrim.core.view import Keep, Text, View
+    from visiontrim.core.view import Glance, Keep, Text, View
     from visiontrim.methods import (
         ADSC,
         DART,
@@ -72,9 +72,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "core.errors": ["TrimError"],
-    "core.method": ["DecoderLayer", "Layers", "EncoderLayer", "Method", "Plan", "Step", "VisionOutput"],
+    "core.method": ["DecoderLayer", "Decoding", "Layers", "EncoderLayer", "Method", "Plan", "Step", "VisionOutput"],
     "core.registry": ["list_methods", "load_method", "register"],
-    "core.view": ["Keep", "Text", "View"],
+    "core.view": ["Glance", "Keep", "Text", "View"],
     "methods": [
         "FastVID",
         "HoliTomInner",
@@ -134,6 +134,7 @@ __all__ = [
     "CDPruner",
     "CrossGET",
     "DecoderLayer",
+    "Decoding",
     "DivPrune",
     "DyCoke",
     "DyMU",
@@ -144,6 +145,7 @@ __all__ = [
     "FasterVLM",
     "FiCoCoL",
     "FiCoCoV",
+    "Glance",
     "HiPrune",
     "HoliTom",
     "HoliTomInner",

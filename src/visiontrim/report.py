@@ -54,7 +54,8 @@ class Report:
         images = [_Image.of(parts) for _, parts in itertools.groupby(trace.images, key=lambda image: image.number)]
         cached = trace.batch * sum(trace.cache_lengths)
         full = trace.past + trace.length
-        keys = trace.cache_lengths or trace.widths
+        keys = trace.cache_lengths or trace.attended
+        every = (trace.length,) * layers
         return cls(
             method=str(method),
             images=len(images),
@@ -64,8 +65,8 @@ class Report:
             stages=_stages(images),
             kv_bytes=trace.cache_bytes,
             kv_bytes_plain=trace.cache_bytes * trace.batch * layers * full // cached if cached else 0,
-            flops=trace.batch * _prefill_flops(family, trace.widths, keys),
-            flops_plain=trace.batch * _prefill_flops(family, (trace.length,) * layers, (full,) * layers),
+            flops=trace.batch * _prefill_flops(family, trace.widths, trace.attended, keys),
+            flops_plain=trace.batch * _prefill_flops(family, every, every, (full,) * layers),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,15 +139,16 @@ def _stages(images: list[_Image]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _prefill_flops(family: Family, widths: tuple[int, ...], keys: tuple[int, ...]) -> int:
-    """FLOPs of the decoder layers for one row: ``widths`` tokens attend to ``keys`` keys in each layer."""
+def _prefill_flops(family: Family, widths: tuple[int, ...], attended: tuple[int, ...], keys: tuple[int, ...]) -> int:
+    """FLOPs of the decoder layers for one row of ``widths`` tokens: ``attended`` of them, or of what they were merged
+    from, attend to ``keys`` keys in each layer."""
     config = family.language_model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attended = config.num_attention_heads * head_dim
+    heads_width = config.num_attention_heads * head_dim
     total = 0
-    for layer, width, length in zip(family.language_model.layers, widths, keys, strict=True):
+    for layer, width, queries, length in zip(family.language_model.layers, widths, attended, keys, strict=True):
         weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
-        total += 2 * weights * width + 4 * attended * width * length
+        total += 2 * weights * width + 4 * heads_width * queries * length
     return total
 
 

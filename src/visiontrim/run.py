@@ -60,9 +60,11 @@ def trim(
         processor: the model's processor. Its tokenizer reads the question when there is no text tower,
             ``run.picture`` learns from it which part of an image the model sees, and methods that compare colours how
             it normalised them.
-        positions: position ids of survivors: ``"keep"`` (their own), ``"compact"`` (consecutive), or ``"members"``: a
-            merged token has those of up to 8 of its members (:mod:`visiontrim.engine.members`). None takes the
-            method's rule, but not ``"compact"`` where the model's positions are several numbers each (Qwen).
+        positions: position ids of survivors: ``"keep"`` (their own), ``"compact"`` (consecutive), ``"members"``: a
+            merged token has those of up to 8 of its members (:mod:`visiontrim.engine.members`), or ``"unmerged"``: in
+            attention, and so in the cache, it stands at the places of all of its members
+            (:mod:`visiontrim.engine.unmerging`); no stage inside the language model then. None takes the method's
+            rule, but not ``"compact"`` where the model's positions are several numbers each (Qwen).
         per: what a number of tokens is meant for: a whole ``"image"`` (with all its tiles; a whole video), each
             ``"tile"`` of an anyres image, or each ``"frame"`` of a video.
         remember: how many calls of the vision encoder keep their output on the host. A prompt with the same images,

@@ -8,11 +8,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from visiontrim.core.errors import TrimError
-from visiontrim.core.view import Keep, Signal, View
+from jaxtyping import Bool
+from torch import Tensor
 
-Positions = Literal["keep", "compact", "members"]
-"""Position ids of survivors: their own (gaps stay), consecutive ones, or for merged ones those of several members."""
+from visiontrim.core.errors import TrimError
+from visiontrim.core.view import Glance, Keep, Signal, View
+
+Positions = Literal["keep", "compact", "members", "unmerged"]
+"""Position ids of survivors: their own (gaps stay), consecutive ones, for merged ones those of several members, or in
+attention those of all members, at each of which they stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,22 @@ class Layers:
     """Layers of the vision encoder that see all of a picture where the others see windows; (): all do."""
 
 
+@dataclass(frozen=True)
+class Decoding(ABC):
+    """What the tokens of an answer see of the vision tokens in the cache, from one decoder layer on.
+
+    Layers before it see all of them. The cache stays whole, so another step can see others. What :meth:`select` answers
+    is a pure function of what it is shown.
+    """
+
+    layer: int
+    """The first decoder layer that sees a part, at least 1."""
+
+    @abstractmethod
+    def select(self, glance: Glance) -> Bool[Tensor, "batch tokens"]:
+        """Which of the vision tokens are seen; entries where ``glance.valid`` is False do not count."""
+
+
 class Method(ABC):
     """A way to compress. Concrete methods are frozen dataclasses, equal and hashable by their hyper-parameters."""
 
@@ -87,6 +107,11 @@ class Method(ABC):
     def positions(self) -> Positions:
         """Position rule of the method; ``trim(positions=...)`` overrides it."""
         return "keep"
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """What the answer sees of the cache; None: all that is in it."""
+        return None
 
     @abstractmethod
     def steps(self) -> tuple[Step, ...]:
@@ -190,11 +215,20 @@ class Plan(Method):
             flat += method.methods if isinstance(method, Plan) else [method]
         object.__setattr__(self, "methods", tuple(flat))
         check_order(self, self.steps())
+        if len(views := [str(method) for method in self.methods if method.decoding is not None]) > 1:
+            raise TrimError(
+                f"{' and '.join(views)} each choose what the answer sees of the cache: leave it to one of them"
+            )
+
+    @property
+    def decoding(self) -> Decoding | None:
+        return next((method.decoding for method in self.methods if method.decoding is not None), None)
 
     @property
     def positions(self) -> Positions:
         rules = {method.positions for method in self.methods}
-        return "members" if "members" in rules else "compact" if "compact" in rules else "keep"
+        order: tuple[Positions, ...] = ("unmerged", "members", "compact", "keep")
+        return next(rule for rule in order if rule in rules)
 
     def steps(self) -> tuple[Step, ...]:
         return tuple(step for method in self.methods for step in method.steps())

@@ -68,6 +68,9 @@ class Trace:
     """Tokens of the conversation, uncompressed, that the cache held before."""
     widths: tuple[int, ...]
     """Tokens of every row that each decoder layer processed, padding included."""
+    attended: tuple[int, ...]
+    """Tokens of every row that attend to each other in each decoder layer, padding included: ``widths``, or more where
+    attention sees merged tokens at all of their places (``positions="unmerged"``)."""
     cache_lengths: tuple[int, ...]
     """Tokens that each decoder layer's key-value cache holds after the prefill, read from it; () without a cache."""
     cache_bytes: int

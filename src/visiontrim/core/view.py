@@ -194,6 +194,24 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Glance:
+    """What one step of decoding shows of the vision tokens in the cache: those of all images and videos of a row.
+
+    They stand in the order of the prompt. Rows with fewer than others are padded, which ``valid`` marks.
+    """
+
+    attention: Float[Tensor, "batch tokens"]
+    """Attention of the new token to each in the decoder layer just passed, mean over heads, float32, after the softmax
+    over everything that it sees; 0 for padding."""
+    valid: Bool[Tensor, "batch tokens"]
+    """False marks padding."""
+    before: Float[Tensor, "batch tokens"] | None = None
+    """``attention`` at the step before; None at the first step of an answer."""
+    shown: Bool[Tensor, "batch tokens"] | None = None
+    """What was answered at the step before; None as for ``before``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Keep:
     """Which tokens go on, and what they carry.
 

@@ -9,14 +9,34 @@ sliding window does. Every attention backend of transformers already knows how t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from visiontrim.core.errors import TrimError
+
+
+@dataclass
+class Glanced:
+    """Where a cache layer holds vision tokens, and what the last step of decoding saw of them."""
+
+    places: Int[Tensor, "batch tokens"]
+    """Physical; rows with fewer tokens are padded."""
+    valid: Bool[Tensor, "batch tokens"]
+    """False marks padding."""
+    attention: Float[Tensor, "batch tokens"] | None = None
+    """Attention of the last token of the answer to each; None: there is none yet."""
+    shown: Bool[Tensor, "batch tokens"] | None = None
+    """Which of them later layers saw; None as for ``attention``."""
+
+    def rows(self, function: Callable[[Tensor], Tensor]) -> Glanced:
+        """With ``function`` applied to the rows of everything."""
+        last = (None if part is None else function(part) for part in (self.attention, self.shown))
+        return Glanced(function(self.places), function(self.valid), *last)
 
 
 class TrimmedLayer(DynamicLayer):
@@ -36,6 +56,8 @@ class TrimmedLayer(DynamicLayer):
         """Valid keys up to ``trimmed_to``, the first ``removed`` columns being meaningless; None: all are valid."""
         self.shift: Int[Tensor, " batch"] | None = None
         """What to subtract from logical position ids (``positions="compact"``)."""
+        self.glanced: Glanced | None = None
+        """What steps of decoding have to know of each other (:mod:`.decoding`); None: they need nothing."""
 
     @classmethod
     def take_over(cls, layer: DynamicLayer) -> TrimmedLayer:
@@ -103,7 +125,7 @@ class TrimmedLayer(DynamicLayer):
         self.is_initialized = False
         super().reset()
         self.removed = self.trimmed_to = 0
-        self.key_mask = self.shift = None
+        self.key_mask = self.shift = self.glanced = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -120,6 +142,7 @@ class TrimmedLayer(DynamicLayer):
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         self.key_mask = None if self.key_mask is None else function(self.key_mask)
         self.shift = None if self.shift is None else function(self.shift)
+        self.glanced = None if self.glanced is None else self.glanced.rows(function)
 
 
 def check_cache(cache: Cache | None) -> None:

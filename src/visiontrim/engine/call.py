@@ -23,6 +23,7 @@ from visiontrim.models.layout import Visual
 if TYPE_CHECKING:
     from visiontrim.engine.inside import Inside
     from visiontrim.engine.placing import Placed
+    from visiontrim.engine.unmerging import Repeated
 
 
 @dataclass(frozen=True)
@@ -316,6 +317,10 @@ class Forward:
     """Logical position ids of the chunk, [batch or 1, length] or [channels, batch, length]."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """What decoder layers get from here on instead of the model's own keyword arguments."""
+    answers: bool = False
+    """Whether it is a step of decoding that sees a part of the cache."""
+    passed: Attended | None = None
+    """What the layer before that step's choice got."""
 
     @property
     def past_mask(self) -> Tensor | None:
@@ -341,7 +346,14 @@ class Prefill(Forward):
     whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
     """For every group the places, in the uncompressed chunk, of all of its tokens."""
     removals: list[Removal] = field(default_factory=list)
+    repeated: Repeated | None = None
+    """How attention sees merged tokens; None: as they are."""
     heard: Heard = field(default_factory=Heard)
+
+    @property
+    def attended(self) -> Alive:
+        """What attention sees and caches of the chunk."""
+        return self.alive if self.repeated is None else self.repeated.alive
 
     @property
     def prompt_end(self) -> int:

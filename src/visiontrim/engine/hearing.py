@@ -1,8 +1,8 @@
 """What steps between decoder layers see beside hidden states: queries and keys, embeddings, the layer's input.
 
-Probes (:mod:`.probe`) stay on the attention modules that a step listens to for as long as a run is open; in a decode
-step they do nothing. What is heard lives in the prefill, so threads do not mix, and rows of attention are computed when
-the step's view is built, only those that it asks for.
+Probes (:mod:`.probe`) stay on the attention modules that a step listens to for as long as a run is open; in a step of
+decoding they do nothing, unless the method chooses what it sees (:mod:`.decoding`). What is heard lives in the pass, so
+threads do not mix, and rows of attention are computed when the step's view is built, only those that it asks for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import DecoderLayer, Step
+from visiontrim.core.method import DecoderLayer, Decoding, Step
 from visiontrim.core.view import Sides, Text
 from visiontrim.engine.cache import chunk_mask
 from visiontrim.engine.call import Attended, Prefill
@@ -43,8 +43,9 @@ class _Heard(Exception):  # noqa: N818  # no error: it ends a look ahead
 class Hearing:
     """Listens to the decoder layers around the steps, and keeps what their views will show."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], session: Session) -> None:
+    def __init__(self, family: Family, steps: Mapping[int, Step], decoding: Decoding | None, session: Session) -> None:
         self._family = family
+        self._before_answers = set() if decoding is None else {decoding.layer - 1}
         self._session = session
         self._needs = {layer: step.needs for layer, step in steps.items()}
         self._passed = {layer - 1 for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
@@ -56,12 +57,14 @@ class Hearing:
         """Install the probes and return what removes them again."""
         return [
             AttentionProbe(self._family.decoder_attention(layer), functools.partial(self._hear, layer))
-            for layer in sorted(self._passed | self._coming)
+            for layer in sorted(self._passed | self._coming | self._before_answers)
         ]
 
     def _hear(self, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> None:
         prefill = self._session.forward
         if not isinstance(prefill, Prefill):
+            if prefill is not None and prefill.answers and layer in self._before_answers:
+                prefill.passed = Attended(query, key, scaling)
             return
         if prefill.heard.ahead:
             prefill.heard.coming = Attended(query, key, scaling)

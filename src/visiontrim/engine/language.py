@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Positions, Step
+from visiontrim.core.method import Decoding, Positions, Step
 from visiontrim.core.trace import Trace
 from visiontrim.engine.cache import (
     cache_bytes,
@@ -28,12 +28,14 @@ from visiontrim.engine.cache import (
     trimmed_layer,
 )
 from visiontrim.engine.call import Alive, Call, Forward, Heard, Prefill, Removal
+from visiontrim.engine.decoding import DecodingStage
 from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.masks import narrowed_mask
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import place_groups, select_between_layers
+from visiontrim.engine.unmerging import Unmerging
 from visiontrim.models.family import Family
 
 if TYPE_CHECKING:
@@ -44,17 +46,25 @@ class LanguageStage:
     """Hooks on the language model (the seam) and, where needed, on its layers."""
 
     def __init__(
-        self, family: Family, steps: Mapping[int, Step], positions: Positions, narrow: bool, session: Session
+        self,
+        family: Family,
+        steps: Mapping[int, Step],
+        decoding: Decoding | None,
+        positions: Positions,
+        narrow: bool,
+        session: Session,
     ) -> None:
         self._family = family
         self._model = family.language_model
         self._steps = steps
         self._compact = positions == "compact"
         self._members = Members(family, session) if positions == "members" else None
+        self._unmerging = Unmerging(family, steps, session) if positions == "unmerged" else None
         self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
         """The decoder layer from which on only what the last stage left stays cached."""
         self._session = session
-        self._hearing = Hearing(family, steps, session)
+        self._hearing = Hearing(family, steps, decoding, session)
+        self._decoding = DecodingStage(family, decoding, steps, session) if decoding is not None else None
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -64,13 +74,18 @@ class LanguageStage:
         ]
         if self._members is not None:
             removers.append(self._members.attach())
+        if self._unmerging is not None:
+            removers += self._unmerging.attach()
         if self._family.bidirectional:
             removers.append(self._family.core.register_forward_pre_hook(self._before_masks, with_kwargs=True))
         if self._family.deepstack is not None:
             removers.append(Replaced(self._model, self._family.deepstack, self._add_features))
         # flash attention reads gaps in position_ids as borders of packed sequences, so no layer may get them
         flash = "flash" in (self._model.config._attn_implementation or "")
-        first = 0 if flash else min(self._steps.keys() | self._hearing.remembers, default=len(self._model.layers))
+        hooked = self._steps.keys() | self._hearing.remembers
+        if self._decoding is not None:
+            hooked = hooked | {self._decoding.layer}
+        first = 0 if flash else min(hooked, default=len(self._model.layers))
         for index in range(first, len(self._model.layers)):
             hook = self._layer_hook(index)
             removers.append(self._model.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -105,6 +120,8 @@ class LanguageStage:
             return None
         self._check_once(cache)
         forward = self._session.forward = self._forward(call, cache, kwargs)
+        if self._decoding is not None:
+            self._decoding.enter(forward)
         first = trimmed_layer(cache, 0)
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
@@ -175,6 +192,8 @@ class LanguageStage:
         image = self._family.placeholders(prefill.call.forward_ids)
         index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
+        if self._unmerging is not None:
+            prefill.repeated = self._unmerging.repeated(prefill, embeds)
         kwargs["position_ids"] = self._positions(prefill, 0)
         if self._family.bidirectional:
             alive = prefill.alive
@@ -193,10 +212,10 @@ class LanguageStage:
         return chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, prefill.alive.valid)
 
     def _positions(self, forward: Forward, layer: int) -> Tensor:
-        """Position ids of what is left of the chunk, for decoder layer ``layer``."""
+        """Position ids of what attention sees of the chunk, for decoder layer ``layer``."""
         positions = forward.positions
         if isinstance(forward, Prefill):
-            origin = forward.alive.origin
+            origin = forward.attended.origin
             if positions.ndim == 3:
                 positions = torch.stack([gather(channel, origin) for channel in positions])
             else:
@@ -231,6 +250,8 @@ class LanguageStage:
                 hidden = self._start_segment(forward, layer, hidden, args, kwargs)
             if isinstance(forward, Prefill):
                 self._hearing.remember(forward, layer, hidden)
+            elif self._decoding is not None and layer == self._decoding.layer:
+                self._decoding.before_layer(forward, hidden)
             if not forward.overrides:
                 return None
             kwargs = kwargs | {key: value for key, value in forward.overrides.items() if key in kwargs}
@@ -280,6 +301,8 @@ class LanguageStage:
         if not isinstance(prefill, Prefill) or output is None:  # None: the forward raised
             return None
         self._note_removals(prefill)
+        if self._decoding is not None:
+            self._decoding.note(prefill)
         self._session.finish(self._trace(prefill))
         if not prefill.removals:
             return None
@@ -297,7 +320,8 @@ class LanguageStage:
             return
         ends = [removal.start for removal in prefill.removals[1:]] + [len(self._model.layers)]
         for removal, end in zip(prefill.removals, ends, strict=True):
-            valid = removal.alive.valid
+            attended = removal.alive if prefill.repeated is None else prefill.repeated.alive
+            valid = attended.valid
             padded = not bool(valid.all())
             for index in range(removal.start, end):
                 shift, mask, left = None, None, valid
@@ -325,6 +349,7 @@ class LanguageStage:
         widths = [prefill.length] * layers
         for removal in prefill.removals:
             widths[removal.start :] = [removal.alive.origin.shape[1]] * (layers - removal.start)
+        attended = widths if prefill.repeated is None else [prefill.repeated.alive.origin.shape[1]] * layers
         lengths = () if cache is None else tuple(physical_length(cache, index) for index in range(layers))
         return Trace(
             images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, _, _, n, image in images),
@@ -333,6 +358,7 @@ class LanguageStage:
             length=prefill.length,
             past=prefill.past,
             widths=tuple(widths),
+            attended=tuple(attended),
             cache_lengths=lengths,
             cache_bytes=0 if cache is None else cache_bytes(cache),
         )

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import (
     DecoderLayer,
+    Decoding,
     EncoderLayer,
     Layers,
     Method,
@@ -75,14 +76,15 @@ class Session:
         whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
         depth = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole)
         encoder, vision, language = _by_site(method, depth)
-        _check_layers(family, language)
+        decoding = method.decoding
+        _check_layers(family, language, decoding)
         memory = Memory(remember, once_each=not encoder) if remember else None
         steps = (*encoder.values(), *([] if vision is None else [vision]), *language.values())
         apart = any(step.own_counts for step in steps)
         self._stages = (
             EncoderStage(family, encoder, per, apart, deviation, self),
             VisionStage(family, vision, per, apart, memory, questions, self),
-            LanguageStage(family, language, positions, _narrows_cache(method), self),
+            LanguageStage(family, language, decoding, positions, _narrows_cache(method), self),
         )
         self._removers: list = []
 
@@ -229,14 +231,15 @@ def _by_site(method: Method, layers: Layers) -> tuple[dict[int, Step], Step | No
     return encoder, vision, language
 
 
-def _check_layers(family: Family, language: Mapping[int, Step]) -> None:
+def _check_layers(family: Family, language: Mapping[int, Step], decoding: Decoding | None) -> None:
     """Refuse decoders whose layers cannot hold fewer tokens, or each their own number of them where that is asked."""
-    if language and family.bidirectional:
+    inside = language.keys() | (set() if decoding is None else {decoding.layer})
+    if inside and family.bidirectional:
         raise TrimError(
-            f"{type(family).__name__} lets image tokens attend in both directions, so none can be removed between "
-            f"decoder layers (asked before layer {min(language)}): use a method's vision stage alone"
+            f"{type(family).__name__} lets image tokens attend in both directions, so none can be removed or hidden "
+            f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
-    possible = (DynamicLayer,) if language else (DynamicLayer, DynamicSlidingWindowLayer)
+    possible = (DynamicLayer,) if inside else (DynamicLayer, DynamicSlidingWindowLayer)
     layers = DynamicCache(config=family.language_model.config).layers
     if len(layers) < len(family.language_model.layers):
         raise TrimError(

@@ -142,6 +142,7 @@ def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: M
     with trim(standin.model, method, clock=counter) as run, counter:
         standin.model(**inputs, use_cache=True, logits_to_keep=1)
     report, cached, flops = run.report, run.trace.cache_lengths, counter.flops
+    text = run.trace.widths[0] - round(report.per_layer[0])
     config = real.language_model.config
     heads, head_dim = _heads(real)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -158,7 +159,7 @@ def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: M
         vision=batch * flops["vision"],
         prefill=batch * (flops["decoder"] + flops["head"]),
         decode=batch * (steps * step + 4 * heads * head_dim * keys),
-        kv_vision=batch * token * round(sum(report.per_layer)),
+        kv_vision=batch * token * (sum(cached) - len(cached) * text),
         kv_prompt=batch * token * sum(cached),
         kv_answer=batch * token * (sum(cached) + len(cached) * steps),
     )

@@ -7,9 +7,11 @@ image then keeps few tokens and a rich one many; no count is fixed, the publishe
 
 With ``keep`` instead of thresholds the counts are those of ToMe, which is what the calibration merges by.
 
-**Not here: virtual unmerging.** In the original every decoder layer projects the merged tokens, repeats queries, keys
-and values to the full grid, attends there and averages; its cache holds all 576 tokens. Here the language model sees
-each merged token once, at the slot nearest to its members' mean place ("optional without VTU" of the release).
+Virtual unmerging (``unmerge=True``): every decoder layer projects the merged tokens, repeats queries, keys and values
+to the full grid, attends there and averages (:mod:`visiontrim.engine.unmerging`). It spares the work of projections
+and MLP only: the cache holds all 576 tokens, and decoding is that of the plain model. So it is off unless asked for,
+and the language model sees each merged token once, at the slot nearest to its members' mean place ("without VTU" in
+the release). Any other method that merges has it as ``vt.trim(..., positions="unmerged")``.
 
 Other differences: those of :mod:`.tome`. Pictures that the encoder gets in one call must agree on their counts, so one
 image at a time (the original takes a batch of one, too).
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from visiontrim.core.budget import Amount, check_amount
 from visiontrim.core.errors import TrimError
+from visiontrim.core.method import Positions
 from visiontrim.core.registry import register
 from visiontrim.core.view import Signal, View
 from visiontrim.methods.base import required
@@ -42,10 +45,12 @@ class DyMU(Matching):
     """Tokens of each image that leave the encoder, as a number or as a fraction; None: by ``thresholds``."""
     thresholds: tuple[float, ...] | None = None
     """For every layer of the encoder but the last the cosine above which tokens merge after it (``keep=None``)."""
+    unmerge: bool = False
+    """Whether attention in the language model sees merged tokens at all of their places (virtual unmerging)."""
 
     name: ClassVar[str] = "dymu"
     summary: ClassVar[str] = "merges after every encoder layer what is similar enough, as calibrated"
-    paper: ClassVar[str] = "arXiv 2504.17040; its merging, without virtual unmerging"
+    paper: ClassVar[str] = "arXiv 2504.17040"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -55,6 +60,10 @@ class DyMU(Matching):
         )
         if self.keep is not None:
             check_amount(self.keep)
+
+    @property
+    def positions(self) -> Positions:
+        return "unmerged" if self.unmerge else "keep"
 
     @property
     def signals(self) -> frozenset[Signal]:

@@ -216,7 +216,7 @@ def test_global_score_of_the_language_stage():
 
 def test_language_stage_measures_by_dot_products_and_survivors():
     view = make_view(tokens=30, entered=30)
-    (step,) = VisionTrim(keep=12, stages="language", fusion="local", neighbourhood="nearest").steps()
+    (step,) = VisionTrim(keep=12, stages="language", fusion="local", neighbourhood="nearest", iterations=1).steps()
     score = nearest_affinity(view.features, view.coordinates, neighbours=8)
     torch.testing.assert_close(step.score(view), score)
     keep = step.select(view)

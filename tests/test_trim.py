@@ -260,7 +260,11 @@ def test_the_question_decides_what_complements(model, inputs, guide):
         stage = run.trace.images[0].stages[0]
         assert int(stage.complement.sum()) == 4
         assert run.report.stages == ({"site": "vision", "dominant": 4, "complement": 4},)
-        assert (stage.assignment >= 0).all(), "every leftover goes to a centre"
+        assert int((stage.assignment >= 0).sum()) == 8, "nothing is merged"
+        _, merging = answer(model, inputs, dataclasses.replace(method, iterations=1), question=question, **guide)
+        merged = merging.trace.images[0].stages[0]
+        assert torch.equal(merged.index, stage.index)
+        assert (merged.assignment >= 0).all(), "every leftover goes to a centre"
         chosen[question] = kept(run)
     assert len(set(map(tuple, chosen.values()))) == 2
 

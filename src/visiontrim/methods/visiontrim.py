@@ -87,8 +87,8 @@ class VisionTrim(Method):
     """-1 inverts the similarity in the vision stage: CLIP patches at times match the text best where nothing is."""
     patch_space: Literal["features", "last"] = "features"
     """Patches in the text's space: the selected features projected, or the encoder's normalised last hidden state."""
-    iterations: int = 1
-    """Rounds of assignment and merging; the paper has 3."""
+    iterations: int = 0
+    """Rounds of assigning the rest to complement tokens and merging it into them; the paper has 3."""
     merge: Merge = "mean"
     """How complement tokens take up the others (see :func:`visiontrim.ops.complement.complement`); the paper has
     "add"."""

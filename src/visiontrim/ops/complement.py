@@ -67,12 +67,15 @@ def complement(
     unit = functools.partial(F.normalize, dim=-1) if cosine else torch.Tensor.float
     softmax = scores == "softmax"
     width = features.shape[-1]
-    both = torch.cat([features.float(), joint.float()], -1)
     words = (unit(text.float()) * scale).mT
-    similarity = unit(both[..., width:]) @ words
+    similarity = unit(joint.float()) @ words
     share = mask / mask.sum(-1, keepdim=True).clamp(min=1)
     relevance = (similarity.softmax(1) if softmax else similarity) @ share[..., None]
     index = top_k(relevance[..., 0], count)
+    ordinals = torch.arange(count, device=index.device).expand_as(index)
+    own = torch.full(joint.shape[:2], -1, device=index.device).scatter(1, index, ordinals)
+    if iterations == 0 or count == 0:
+        return Complement(gather(features, index), index, own)
     # what each leftover says about the text stays the same in all rounds, padding says nothing
     padding = ~mask[:, None]
     if softmax:
@@ -80,13 +83,12 @@ def complement(
     else:
         of_tokens = similarity.masked_fill(padding, 0.0)
 
-    ordinals = torch.arange(count, device=index.device).expand_as(index)
-    own = torch.full(joint.shape[:2], -1, device=index.device).scatter(1, index, ordinals)
+    both = torch.cat([features.float(), joint.float()], -1)
     others = (own < 0)[..., None]
     total = centres = gather(both, index)
     terms = torch.ones_like(total[..., :1])
     assignment = own
-    for _ in range(iterations if count else 0):
+    for _ in range(iterations):
         of_centres = unit(centres[..., width:]) @ words
         agreement = of_tokens @ (of_centres.softmax(1) if softmax else of_centres).mT
         best, nearest = agreement.max(-1, keepdim=True)

@@ -127,7 +127,7 @@ class _Fates:
         complement, dropped = int(self.complement.sum()), int((self.survivor < 0).sum())
         merged = total - dropped - kept
         parts = [f"{kept - complement} dominant"] if complement else []
-        parts += [f"{complement} complement (tinted)"] if complement else []
+        parts += [f"{complement} complement (outlined)"] if complement else []
         parts += [f"{merged} merged"] if merged else []
         parts += [f"{dropped} dropped"] if dropped else []
         return f"{kept} of {total} vision tokens" + (": " if parts else "") + ", ".join(parts)

@@ -132,6 +132,7 @@ def test_a_log_is_gone_on_with(speaker, suite, tmp_path, monkeypatch):
     whole = evaluate(Examiner(speaker, suite, Log(path), 4), cells)
     lines = path.read_text().splitlines()
     assert len(lines) == 2 * len(suite.batches(4))
+    assert {json.loads(lines[1])["method"]} == {json.dumps(vt.Random(keep=32).to_dict())}, "defaults are written out"
     path.write_text("\n".join(lines[:-1]) + "\n")
     asked = []
     monkeypatch.setattr(

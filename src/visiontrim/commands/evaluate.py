@@ -86,11 +86,9 @@ def evaluate(
     answers = evaluation.evaluate(examiner, cells, minutes, _progress())
     scored = [(block, block.scores(answers)) for block in blocks]
     found = [section for block, scores in scored for section in sections(block, answers, scores)]
-    for block in blocks:
-        if block.compares and len(block.methods) > 2:
-            found += examples(
-                examiner, answers, Cell(block.methods[2], block.keeps[-1]), Cell("random", block.keeps[-1])
-            )
+    if ablation is None and len(blocks[0].methods) > 2:
+        block = blocks[0]
+        found += examples(examiner, answers, Cell(block.methods[2], block.keeps[-1]), Cell("random", block.keeps[-1]))
     for section in found:
         if section.picture is not None:
             section.picture.save(out / section.file)

@@ -54,6 +54,7 @@ class Row:
 
     weights: str
     method: str
+    """With every option, as JSON: a row must not outlive a change of a default."""
     keep: Amount | None
     questions: str
     """Digest of the batch."""
@@ -108,7 +109,7 @@ class Examiner:
         """What ``cell`` says to batch ``number``: from the log if it is there, else asked now and logged."""
         items = self.batches[number]
         method = cell.load(number)
-        key: Key = (self.weights, str(method), cell.keep, digest(items))
+        key: Key = (self.weights, json.dumps(method.to_dict()), cell.keep, digest(items))
         row = self._log.get(key)
         if row is None:
             row = self._ask(method, cell, number, key)

@@ -35,20 +35,18 @@ class Block:
     methods: tuple[str, ...]
     """The first one is what the others are compared with."""
     keeps: tuple[Amount, ...]
+    compares: bool = False
+    """Whether the block is methods beside controls, and no ablation."""
 
     @classmethod
     def comparison(cls, methods: Sequence[str], keeps: Sequence[Amount]) -> Block:
         """``methods`` beside the controls."""
-        return cls("Methods beside controls", tuple(dict.fromkeys((*CONTROLS, *methods))), tuple(keeps))
+        together = dict.fromkeys((*CONTROLS, *methods))
+        return cls("Methods beside controls", tuple(together), tuple(keeps), compares=True)
 
     @property
     def cells(self) -> list[Cell]:
         return [Cell(method, keep) for keep in self.keeps for method in self.methods]
-
-    @property
-    def compares(self) -> bool:
-        """Whether the block is methods beside controls, and no ablation."""
-        return self.methods[: len(CONTROLS)] == CONTROLS
 
     def scores(self, answers: Answers) -> list[Score]:
         """One for each cell, against the first method at the same budget."""

@@ -10,7 +10,7 @@
   normalised over the vision tokens: over the text tokens, as printed, every token would get the same mean of 1/L.
 
 Where the paper is silent or can be read in two ways, the choice is an option. Defaults are what measured best on the
-bundled model (docs/results/ablations/table.md), which is not always the paper's choice: that is ``fusion="inverse_variance"``,
+bundled model (docs/results/ablations), which is not always the paper's choice: that is ``fusion="inverse_variance"``,
 ``merge="add"``, ``iterations=3``.
 
 The released code differs, and users report that it does not reach the paper's table. ``variant="release"`` does what it

@@ -334,7 +334,7 @@ def test_the_largest_energy_after_the_input_norm_goes_on():
     energy = torch.zeros(16, dtype=torch.float64)
     for channel in values.T:
         energy += torch.tensor(filtered(channel.tolist(), 4)).square()  # round(7 / 16 x 8) = 4: half up from 3.5
-    with vt.trim(model, vt.LUVC(stages="language")) as run:
+    with vt.trim(model, vt.LUVC(stages="language", spectrum="tokens")) as run:
         model(**inputs)
     kept = energy.argsort(descending=True)[:7].sort().values
     assert run.trace.images[0].stages[0].index.tolist() == kept.tolist()

@@ -53,14 +53,15 @@ class LUVC(Scheduled):
     """OIM and SPU, or one of them. With OIM alone, ``keep`` is met as nearly as a box of tokens allows."""
     merged: float = 0.5
     """Share of the tokens that OIM leaves, where ``keep`` does not decide it."""
-    calls: int = 2
-    """Calls of OIM, spread evenly over the encoder. Each leaves at least half of the tokens."""
+    calls: int = 3
+    """Calls of OIM, spread evenly over the encoder, at most one between two layers. Each leaves at least half of the
+    tokens."""
     pairs: Literal["best", "fixed"] = "best"
     """The disjoint pairs of a line with the largest sum of similarities, or the most similar ones of the pairs (0, 1),
     (2, 3), ..."""
     proportional: bool = False
     """Whether later encoder layers attend to merged tokens in proportion to their mass; not with flash attention."""
-    spectrum: Literal["tokens", "channels", "grid", "residual", "pooling"] = "tokens"
+    spectrum: Literal["tokens", "channels", "grid", "residual", "pooling"] = "channels"
     """What ranks the tokens: their energy after a low pass along the tokens, along the channels of each token, or along
     the rows and columns of the grid; the energy that the low pass along the tokens removes ("residual"); or no ranking
     but spectral pooling, a merge: the spectrum along the tokens, cut to the count to come and transformed back."""
@@ -76,18 +77,20 @@ class LUVC(Scheduled):
         require(self.calls >= 1, f"calls={self.calls} is no number of calls: give 1 or more, or stages='language'")
 
     def steps_for(self, layers: Layers) -> tuple[Step, ...]:
-        merging = tuple(_Merge(self, call, layer) for call, layer in enumerate(self.places(layers)))
+        places = self.places(layers)
+        merging = tuple(_Merge(self, call, len(places), layer) for call, layer in enumerate(places))
         return merging + (super().steps_for(layers) if self.stages != "vision" else ())
 
     def places(self, layers: Layers) -> tuple[int, ...]:
         """The encoder layers before which tokens merge, where it can be those behind a layer that sees all of them."""
         if self.stages == "language":
             return ()
-        even = tuple(max(1, round((call + 1) * layers.encoder / (self.calls + 1))) for call in range(self.calls))
+        calls = min(self.calls, max(1, layers.encoder - 1))
+        even = tuple(max(1, round((call + 1) * layers.encoder / (calls + 1))) for call in range(calls))
         behind = [layer + 1 for layer in layers.whole if layer + 1 < layers.encoder]
-        if len(behind) < self.calls:
+        if len(behind) < calls:
             return even
-        choices = itertools.combinations(behind, self.calls)
+        choices = itertools.combinations(behind, calls)
         return min(choices, key=lambda places: sum(abs(a - b) for a, b in zip(places, even, strict=True)))
 
     def entering(self, view: View) -> int:
@@ -146,6 +149,7 @@ class _Merge(Step):
 
     method: LUVC
     call: int
+    calls: int
     layer: int
 
     name: ClassVar[str] = "oim"
@@ -165,7 +169,7 @@ class _Merge(Step):
         if view.lattice is None:
             raise TrimError(f"{self.method} merges along the axes of a grid that an earlier stage broke: put it first")
         frames, rows, columns = view.grid
-        calls = self.method.calls
+        calls = self.calls
         left = box(rows, columns, self.method.entering(view) / frames, calls)
         axis, turns = (2, (calls + 1) // 2) if self.call % 2 == 0 else (1, calls // 2)
         count = view.lattice[axis] - sizes(view.grid[axis], left[axis - 1], turns)[self.call // 2]

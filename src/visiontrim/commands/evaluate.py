@@ -88,7 +88,8 @@ def evaluate(
     found = [section for block, scores in scored for section in sections(block, answers, scores)]
     if ablation is None and len(blocks[0].methods) > 2:
         block = blocks[0]
-        found += examples(examiner, answers, Cell(block.methods[2], block.keeps[-1]), Cell("random", block.keeps[-1]))
+        ours = "visiontrim" if "visiontrim" in block.methods else block.methods[2]
+        found += examples(examiner, answers, Cell(ours, block.keeps[-1]), Cell("random", block.keeps[-1]))
     for section in found:
         if section.picture is not None:
             section.picture.save(out / section.file)

@@ -161,8 +161,8 @@ def test_merged_units_are_those_of_a_hand_run_tower(name, kind, attention):
 
 
 def luvc(**options) -> vt.LUVC:
-    """One call, since the tiny towers are shallow and their grids small, to two tokens at times: these differ from their
-    mean by as much, which along the tokens is an exact tie, and along the channels one that rounding decides."""
+    """One call, since the tiny towers are shallow and their grids small; down to two tokens at times, whose distances
+    from their mean are a tie: exact along the tokens, but rounding decides along the channels."""
     return vt.LUVC(calls=1, spectrum="tokens", **options)
 
 

@@ -134,10 +134,19 @@ class Attention:
         self.decoder = {kind: [Source() for _ in range(self.layers)] for kind in QUERIES}
 
     def to_dict(self) -> dict[str, Any]:
-        """Means over prompts, ready for JSON."""
+        """Means over prompts to six digits, ready for JSON."""
         decoder = {kind: [source.mean(self.prompts) for source in found] for kind, found in self.decoder.items()}
         encoder = self.encoder.mean(self.prompts) if self.sees_encoder else None
-        return {"prompts": self.prompts, "layers": self.layers, "encoder": encoder, "decoder": decoder}
+        return {"prompts": self.prompts, "layers": self.layers, "encoder": _short(encoder), "decoder": _short(decoder)}
+
+
+def _short(value: Any) -> Any:
+    """The numbers in it, to six digits."""
+    if isinstance(value, dict):
+        return {name: _short(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_short(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def observe(speaker: Speaker, items: Iterable[Item], limit: int | None = None) -> Attention:

@@ -148,9 +148,10 @@ def test_half_of_the_tokens_of_llava():
     assert box(24, 24, 10, 2) == (12, 12)
     layers = vt.Layers(encoder=23, decoder=32)
     assert [str(step.site) for step in vt.LUVC(stages="vision").steps_for(layers)] == [
-        "encoder layer 6",
-        "encoder layer 12",
-        "encoder layer 17",
+        "encoder layer 5",
+        "encoder layer 9",
+        "encoder layer 14",
+        "encoder layer 18",
     ]
 
 

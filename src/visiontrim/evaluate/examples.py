@@ -14,6 +14,8 @@ from visiontrim.picture import side_by_side
 
 NUMBER = 3
 """Pictures of each kind, of different scenes."""
+COLORS = 96
+"""In a palette, since a map in all colors takes a megabyte."""
 
 
 def examples(examiner: Examiner, found: Answers, cell: Cell, control: Cell) -> list[Section]:
@@ -32,7 +34,7 @@ def examples(examiner: Examiner, found: Answers, cell: Cell, control: Cell) -> l
             maps = [_map(examiner, found.items[number], cell) for number in picked]
             captions = [_caption(found.items[number], texts[number]) for number in picked]
             title = f"{name} of {cell.method} at {cell.keep} tokens"
-            sheet = side_by_side(maps, captions)
+            sheet = side_by_side(maps, captions).quantize(COLORS)
             sections.append(Section(title, f"Questions answered {words}.", picture=sheet, file=f"{name.lower()}.png"))
     return sections
 

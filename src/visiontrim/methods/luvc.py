@@ -53,7 +53,7 @@ class LUVC(Scheduled):
     """OIM and SPU, or one of them. With OIM alone, ``keep`` is met as nearly as a box of tokens allows."""
     merged: float = 0.5
     """Share of the tokens that OIM leaves, where ``keep`` does not decide it."""
-    calls: int = 3
+    calls: int = 4
     """Calls of OIM, spread evenly over the encoder, at most one between two layers. Each leaves at least half of the
     tokens."""
     pairs: Literal["best", "fixed"] = "best"

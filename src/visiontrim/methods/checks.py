@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
+
+
+_hints = functools.cache(get_type_hints)  # a millisecond for each method that is made
 
 
 def require(condition: bool, message: str) -> None:
@@ -17,7 +21,7 @@ def require(condition: bool, message: str) -> None:
 
 def check_fields(method: Method) -> None:
     """Raise :class:`TrimError` if a field of ``method`` declared as a Literal, bool, int or float has no such value."""
-    for name, hint in get_type_hints(type(method)).items():
+    for name, hint in _hints(type(method)).items():
         value = getattr(method, name)
         if get_origin(hint) is Literal:
             choices = ", ".join(map(repr, get_args(hint)))

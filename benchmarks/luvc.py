@@ -2,7 +2,7 @@
 
     python benchmarks/luvc.py
 
-What it answers is a matter of `visiontrim eval --ablation luvc-language` and `luvc-vision`.
+What it answers is a matter of `visiontrim eval --ablation luvc-language,luvc-vision,luvc`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def oim_cost(repeats: int) -> dict[str, dict]:
         "pixel_values": torch.randn(1, 3, 336, 336),
     }
     tower = model.model.vision_tower
-    methods = ("none", "luvc:stages=vision", "luvc:stages=vision,calls=4", "tome:keep=288")
+    methods = ("none", "luvc:stages=vision", "luvc:stages=vision,calls=2", "tome:keep=288")
     runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     flops: dict[str, int] = {}
     encode = tower.forward

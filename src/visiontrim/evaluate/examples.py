@@ -14,8 +14,6 @@ from visiontrim.picture import side_by_side
 
 NUMBER = 3
 """Pictures of each kind, of different scenes."""
-COLORS = 96
-"""In a palette, since a map in all colors takes a megabyte."""
 
 
 def examples(examiner: Examiner, found: Answers, cell: Cell, control: Cell) -> list[Section]:
@@ -34,7 +32,8 @@ def examples(examiner: Examiner, found: Answers, cell: Cell, control: Cell) -> l
             maps = [_map(examiner, found.items[number], cell) for number in picked]
             captions = [_caption(found.items[number], texts[number]) for number in picked]
             title = f"{name} of {cell.method} at {cell.keep} tokens"
-            sheet = side_by_side(maps, captions).quantize(COLORS)
+            # a map in all colors takes a megabyte; this palette keeps the few bright ones
+            sheet = side_by_side(maps, captions).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
             sections.append(Section(title, f"Questions answered {words}.", picture=sheet, file=f"{name.lower()}.png"))
     return sections
 

@@ -9,7 +9,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
 
-
 _hints = functools.cache(get_type_hints)  # a millisecond for each method that is made
 
 

@@ -52,6 +52,19 @@ def test_a_list_of_methods_is_split_at_the_commas_between_methods():
         amounts_of("many")
 
 
+def test_the_bundled_qwen_answers_canvases(tmp_path):
+    suite = load_suite("canvases", "12x16", scenes=2)
+    assert suite.name == "canvases/12x16"
+    everything = Cell("random", 1.0)
+    examiner = Examiner(load("bundled-qwen", device="cpu"), suite, Log(tmp_path / "log.jsonl"), 16)
+    found = evaluate(examiner, [everything])
+    assert found.score(everything).mean == 12 * 16
+    assert (found.whole.right or 0) > 0.9
+    assert found.texts(everything) == found.texts(Cell(PLAIN, None))
+    with pytest.raises(TrimError, match="canvas 'standard' is no size"):
+        load_suite("canvases", "standard")
+
+
 def test_batches_hold_whole_scenes_in_order():
     items = tuple(Item(str(n), group, (), "", (), "t") for n, group in enumerate("aaabbbbbcd"))
     sizes = [[item.group for item in batch] for batch in Suite("s", items, 1).batches(4)]

@@ -27,7 +27,9 @@ from visiontrim.models import TextTower
 from visiontrim.run import Run, trim
 
 BUNDLED = "bundled"
-"""Name of the model that ships with the package."""
+"""Name of the LLaVA that ships with the package, with its text tower."""
+BUNDLED_QWEN = "bundled-qwen"
+"""Name of the Qwen2.5-VL that ships with it."""
 FALLBACK_PROMPT = "USER: {images}{question} ASSISTANT:"
 """For processors without a chat template: the prompt of LLaVA-1.5, an "<image>" and a new line for every picture."""
 
@@ -98,7 +100,7 @@ class Answer:
 def load(
     name: str | None = None, *, text_tower: str | None = None, device: str = "auto", dtype: str = "auto"
 ) -> Speaker:
-    """Load a model by hub name or directory; None takes the one that ships with the package.
+    """Load a model by hub name, directory, or as ``BUNDLED`` (that is None, too) or ``BUNDLED_QWEN``.
 
     ``text_tower`` is the hub name or directory of the CLIP model that reads the question (the bundled model brings
     its own). ``device`` "auto" is the first accelerator, else the CPU; ``dtype`` "auto" is the checkpoint's on an
@@ -106,10 +108,12 @@ def load(
     """
     place = on_device(device)
     number: Any = getattr(torch, dtype) if dtype != "auto" else torch.float32 if place.type == "cpu" else "auto"
-    if name is None:
+    if name in (None, BUNDLED):
         model, processor, tower = zoo.load()
         _moved(tower.model, place, number)
         normalise = zoo.normalise
+    elif name == BUNDLED_QWEN:
+        (model, processor), tower, normalise = zoo.load_qwen(), None, zoo.normalise
     else:
         model = _pretrained("model", name, AutoModelForImageTextToText.from_pretrained, dtype=number).eval()
         processor = _pretrained("processor of", name, AutoProcessor.from_pretrained)

@@ -119,7 +119,7 @@ def _subject(
     import torch
     from transformers.utils import logging
 
-    from visiontrim.ask import BUNDLED, load, on_device
+    from visiontrim.ask import load, on_device
     from visiontrim.measure.bench import Subject, noise_tower
     from visiontrim.measure.shapes import Shape, preset_names
     from visiontrim.models.family import family_of
@@ -131,7 +131,7 @@ def _subject(
     if name not in preset_names():
         if layers is not None:
             raise TrimError(f"--layers is for presets, of which {name!r} is none: choose {', '.join(preset_names())}")
-        speaker = load(None if name == BUNDLED else name, text_tower=text_tower, device=device, dtype=dtype.value)
+        speaker = load(name, text_tower=text_tower, device=device, dtype=dtype.value)
         model: Any = speaker.model
         model.set_attn_implementation(attention)
         return Subject(name, model, shape.picture, speaker.text_tower, speaker.processor)

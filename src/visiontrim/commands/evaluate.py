@@ -40,9 +40,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print the scores as JSON ins
 
 def evaluate(
     suite: Annotated[
-        str, typer.Option(metavar="shapes|FILE", help="Bundled suite, or JSON lines of questions.")
+        str,
+        typer.Option(metavar="shapes|canvases|FILE", help="Bundled suite (canvases: for bundled-qwen), or JSON lines."),
     ] = "shapes",
-    split: Annotated[str, typer.Option(help="Of the bundled suite: standard, hard, turns or video.")] = "standard",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Of shapes: standard, hard, turns or video; of canvases: rows x columns, each cell a vision token. "
+            "Default: standard, or 16x16."
+        ),
+    ] = None,
     methods: Methods = "visiontrim",
     keep: Keeps = "192,128,64,32",
     ablation: Annotated[

@@ -26,7 +26,11 @@ class DtypeName(StrEnum):
 
 
 Model = Annotated[
-    str | None, typer.Option(metavar="ID_OR_DIR", help="Hub name or directory. Default: this package's small model.")
+    str | None,
+    typer.Option(
+        metavar="ID_OR_DIR",
+        help="Hub name or directory, bundled, or bundled-qwen. Default: this package's small model.",
+    ),
 ]
 TextTower = Annotated[
     str | None,

@@ -14,12 +14,18 @@ from PIL import Image
 
 from visiontrim.core.errors import TrimError
 from visiontrim.images import load_image
-from visiontrim.zoo import SPLITS
+from visiontrim.zoo import SPLITS, held_out_canvases
+from visiontrim.zoo.canvas_scores import CANVASES as SIZES
+from visiontrim.zoo.canvas_scores import SCENES as NUM_CANVASES
+from visiontrim.zoo.canvas_scores import parse_grid
+from visiontrim.zoo.suite import Sample
 
 SHAPES = "shapes"
-"""Name of the suite that ships with the package."""
+"""Name of the suite that the bundled LLaVA answers."""
+CANVASES = "canvases"
+"""Name of the suite that the bundled Qwen2.5-VL answers."""
 SHAPES_TOKENS = 3
-"""Its answers have at most two words, and an end token."""
+"""Answers of both have at most two words, and an end token."""
 FREE_TOKENS = 32
 """Longest answer to the questions of a file."""
 
@@ -82,18 +88,25 @@ def digest(items: Iterable[Item]) -> str:
     return total.hexdigest()[:8]
 
 
-def load_suite(suite: str, split: str = "standard", scenes: int | None = None) -> Suite:
-    """The bundled suite ``"shapes"`` in one of its splits, or a file of questions (:func:`read_items`).
+def load_suite(suite: str, split: str | None = None, scenes: int | None = None) -> Suite:
+    """The bundled suite ``"shapes"`` in one of its splits, ``"canvases"`` of one size, or a file (:func:`read_items`).
 
     ``scenes`` takes only the questions about the first so many scenes or, of a file, about the first so many pictures.
     Raises :class:`TrimError` for unknown names and for files that hold no questions.
     """
+    if suite == CANVASES:
+        split = split or SIZES[0]
+        drawn = held_out_canvases(parse_grid(split), scenes or NUM_CANVASES)
+        return Suite(f"{CANVASES}/{split}", tuple(map(_drawn, drawn)), SHAPES_TOKENS)
     if suite == SHAPES:
+        split = split or "standard"
         if split not in SPLITS:
             raise TrimError(f"there is no split {split!r}: choose {', '.join(SPLITS)}")
         return Suite(f"{SHAPES}/{split}", tuple(shapes(split, scenes)), SHAPES_TOKENS)
     if not suite.endswith((".jsonl", ".json")):
-        raise TrimError(f"there is no suite {suite!r}: choose {SHAPES}, or give a file FILE.jsonl of questions")
+        raise TrimError(
+            f"there is no suite {suite!r}: choose {SHAPES} or {CANVASES}, or give a file FILE.jsonl of questions"
+        )
     groups = itertools.groupby(read_items(Path(suite)), key=lambda item: item.group)
     items = tuple(item for _, group in itertools.islice(groups, scenes) for item in group)
     if not items:
@@ -144,10 +157,12 @@ def _item(path: Path, number: int, row: Any) -> Item | None:
 
 def shapes(split: str, scenes: int | None = None) -> Iterator[Item]:
     """The questions of a split of the bundled suite, drawn as they are needed."""
-    for sample in SPLITS[split].samples(scenes):
-        name = f"{sample.scene_seed}/{sample.type}/{len(sample.earlier)}"
-        images, group = sample.images, str(sample.scene_seed)
-        yield Item(name, group, images, sample.question, (sample.answer,), sample.type, sample.prompt)
+    return map(_drawn, SPLITS[split].samples(scenes))
+
+
+def _drawn(sample: Sample) -> Item:
+    name, group = f"{sample.scene_seed}/{sample.type}/{len(sample.earlier)}", str(sample.scene_seed)
+    return Item(name, group, sample.images, sample.question, (sample.answer,), sample.type, sample.prompt)
 
 
 def _listed(value: Any) -> Sequence[Any]:

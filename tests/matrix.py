@@ -15,7 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = [
-    f"tests/test_{name}.py" for name in ("engine", "families", "generic", "generate", "turns", "trim", "wrapped")
+    f"tests/test_{name}.py"
+    for name in (
+        *("engine", "families", "generic", "generate", "turns", "trim", "wrapped"),
+        *("encoder_families", "pixelprune", "decoding", "unmerging"),
+    )
 ]
 TOOLS = ["pytest", "pytest-xdist", "beartype", "hypothesis"]
 OPTIONAL = ["accelerate", "bitsandbytes", "peft", "torchao"]

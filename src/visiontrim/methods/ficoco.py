@@ -115,15 +115,17 @@ class FiCoCoL(Cascade):
     def choose(self, view: View, count: int) -> Keep:
         assert view.queries is not None and view.keys is not None and view.text is not None  # noqa: PT018  # in needs
         words = view.text.mask.sum(-1)[:, None].clamp(min=1)
-        of_tokens = head_mean_logits(view.queries.tokens, view.keys.tokens)
+        # logits are linear in the key: the mean of a row is the logit of the mean key, and no full map is made
+        redundancy = head_mean_logits(view.queries.tokens, view.keys.tokens.float().mean(2, keepdim=True))[..., 0]
         from_text = head_mean_logits(view.queries.text, view.keys.tokens)
         asked_for = (from_text * view.text.mask[..., None]).sum(1) / words
-        kept = top_k((1 - self.beta) * asked_for - self.beta * of_tokens.mean(-1), count)
-        dropped = leftovers(kept, of_tokens.shape[1])
+        kept = top_k((1 - self.beta) * asked_for - self.beta * redundancy, count)
+        dropped = leftovers(kept, redundancy.shape[1])
 
-        to_text = head_mean_logits(_pick(view.queries.tokens, dropped), view.keys.text)
+        queries = _pick(view.queries.tokens, dropped)
+        to_text = head_mean_logits(queries, view.keys.text)
         within_text = head_mean_logits(view.queries.text, view.keys.text)
-        direct, by_text = _shares(gather(of_tokens, dropped), to_text, view.text.mask)
+        direct, by_text = _shares(head_mean_logits(queries, view.keys.tokens), to_text, view.text.mask)
         onward, _ = _shares(from_text, within_text, view.text.mask)
         correlation = self.gamma * direct + (1 - self.gamma) / words[..., None] * (by_text @ onward)
         targets = correlation.gather(2, kept[:, None].expand(-1, dropped.shape[1], -1))

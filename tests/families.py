@@ -388,3 +388,13 @@ def hidden_places(name: str, inputs: dict[str, Tensor], trace: Trace) -> dict[in
 
 def decoder_layers(model) -> Any:
     return family_of(model).language_model.layers
+
+
+def squares_of(picture: torch.Tensor, side: int) -> list[torch.Tensor]:
+    """Pixels [channels, side * side] of every square of a picture [channels, height, width], in raster order."""
+    _, height, width = picture.shape
+    return [
+        picture[:, top : top + side, left : left + side].flatten(1)
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]

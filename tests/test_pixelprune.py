@@ -10,17 +10,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 import families
 import tiny
 import visiontrim as vt
-from families import Prompts
+from families import Prompts, squares_of
 from tiny import both_attentions, close
-from visiontrim import zoo
-from visiontrim.core.method import EncoderLayer
 from visiontrim.models import family_of
 from visiontrim.ops.predictive import prediction_errors, spread_to
 
@@ -205,48 +202,11 @@ def test_options_that_cannot_work(options, message):
 # ------------------------------------------------------------------------------------------------ pixels
 
 
-def patches(picture: Tensor, side: int) -> list[Tensor]:
-    _, height, width = picture.shape
-    return [
-        picture[:, top : top + side, left : left + side].flatten(1)
-        for top in range(0, height, side)
-        for left in range(0, width, side)
-    ]
-
-
 @pytest.mark.parametrize(("name", "side"), [("llava", 14), ("internvl", 28)])
 def test_pixels_of_square_pictures(name, side):
     pixels = Prompts(name, (3, "image", 5, "image", 2)).batch()["pixel_values"]
     ours = family_of(model_of(name)).pixels("image", {"pixels": pixels})
-    assert torch.equal(ours, torch.stack([patch for picture in pixels for patch in patches(picture, side)]))
-
-
-def test_pixels_of_the_processor_of_qwen():
-    """Every token has the pixels of its cell of the picture, in levels once the normalisation is undone."""
-    bundle = zoo.load_qwen()
-    levels = torch.randint(0, 256, (3, 96, 132), generator=torch.Generator().manual_seed(0)).byte()
-    picture = Image.fromarray(levels.permute(1, 2, 0).numpy())
-    inputs = bundle.processor(images=picture, text="<image> ?", return_tensors="pt")
-    seen = {}
-
-    @dataclass(frozen=True)
-    class Look(vt.Step):
-        name: ClassVar[str] = "look"
-        needs: ClassVar[frozenset] = frozenset({"pixels", "colours"})  # pyright: ignore[reportIncompatibleMethodOverride]
-        site: ClassVar[EncoderLayer] = EncoderLayer(0)  # pyright: ignore[reportIncompatibleMethodOverride]
-
-        def select(self, view: vt.View) -> vt.Keep:
-            seen.update(view=view)
-            return vt.Keep.everything(view)
-
-    with vt.trim(bundle.model, Look(), processor=bundle.processor):
-        bundle.model(**inputs)
-    view, expected = seen["view"], torch.stack(patches(levels, 12))
-    assert view.grid == (1, 8, 11)
-    restored = ((view.colours[0] + 0.5) * 255).view(88, 3, 2, 2, 6, 6)  # with the mean; patch by patch
-    restored = restored.transpose(3, 4).reshape(88, 3, 144)
-    close(restored, expected.float(), 1e-3)
-    close(view.colours[0], view.pixels[0] * (64 / 255), 1e-6)
+    assert torch.equal(ours, torch.stack([patch for picture in pixels for patch in squares_of(picture, side)]))
 
 
 # ------------------------------------------------------------------------------------------------ the engine
@@ -435,20 +395,6 @@ def test_frames_may_have_bounds_of_their_own():
         generate(model, rows.batch(0))
     assert all(len(expected(frame[None])) > 3 for frame in pictures[0][0])
     assert [(image.grid, image.entered) for image in run.trace.images] == [((1, 4, 2), 3)] * 2
-
-
-def test_a_distance_is_one_of_colours():
-    """Cells of the bundled model's picture that differ by three levels, then by two; the processor knows the scale."""
-    bundle = zoo.load_qwen()
-    rows = torch.tensor([100, 103, 105, 105, 150, 150, 150, 150]).byte().repeat_interleave(12)
-    picture = Image.fromarray(rows[:, None, None].expand(96, 96, 3).contiguous().numpy())
-    inputs = bundle.processor(images=picture, text="<image> ?", return_tensors="pt")
-    kept = {}
-    for tau in (0.0, 2 / 255, 3 / 255, 5 / 255):
-        with vt.trim(bundle.model, vt.PixelPrune(tau=tau, minimum=1), processor=bundle.processor) as run:
-            bundle.model(**inputs)
-        kept[tau] = [place // 8 for place in run.trace.images[0].stages[0].index.tolist()]
-    assert list(kept.values()) == [[0, 1, 2, 4], [0, 1, 4], [0, 2, 4], [0, 4]]
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help:
 	@echo "make demo   answer a question about a bundled picture with 64 of 576 vision tokens, offline"
 	@echo "make test   ruff, pyright and pytest"
-	@echo "make table  score every method on the bundled questions, 25 minutes, into docs/results/table"
+	@echo "make table  score every method on both bundled models, an hour without the stored answers, into docs/results"
 	@echo "make bench  time the selection, and the bundled model with and without it"
 	@echo "make matrix test the families on three releases of transformers, and with optional packages"
 
@@ -36,7 +36,10 @@ test: $(VENV)/.tests
 	$(BIN)/pytest -n auto
 
 table: $(VENV)/.runs
-	$(BIN)/visiontrim eval --methods all --keep 192,128,64,32 --minutes 25 --threads 1 --out docs/results/table
+	$(BIN)/visiontrim eval --methods all --keep 192,128,64,32 --scenes 44 --threads 1 --out docs/results/table
+	$(BIN)/visiontrim eval --split hard --methods all --keep 64 --scenes 24 --threads 1 --out docs/results/hard
+	$(BIN)/visiontrim eval --suite canvases --model bundled-qwen --methods all --keep 128,64,32 --scenes 24 --threads 1 \
+		--out docs/results/canvases
 
 bench: $(VENV)/.runs
 	$(BIN)/python benchmarks/ltam.py

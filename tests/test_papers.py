@@ -120,7 +120,7 @@ def test_no_paper_is_forgotten():
     methods = list_methods()
     assert written <= set(methods)
     published = {name for name, method in methods.items() if method.paper != "control"}
-    assert published - written <= {"visiontrim", "luvc"}
+    assert published - written <= {"luvc"}
 
 
 def test_links_lead_to_sections():

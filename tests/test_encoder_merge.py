@@ -11,9 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-import tiny
 import visiontrim as vt
-from tiny import ROWS, both_attentions, close, every_batch, generate, llava, prompts, sample
+from tiny import ROWS, both_attentions, close, every_batch, generate, keeps_everything, llava, prompts, sample
 from visiontrim.core.method import EncoderLayer
 from visiontrim.engine.survivors import Merging, Survivors
 from visiontrim.methods.luvc import box, sizes
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 MERGING = {
     "oim": vt.LUVC(stages="vision"),
-    "oim, four calls of mass": vt.LUVC(stages="vision", keep=4, calls=2, proportional=True, pairs="fixed"),
+    "oim of mass": vt.LUVC(stages="vision", keep=4, calls=2, proportional=True, pairs="fixed"),
     "luvc": vt.LUVC(),
     "tome": vt.ToMe(keep=5),
     "oim, then visiontrim": vt.LUVC(stages="vision") | vt.VisionTrim(keep=5),
@@ -332,18 +331,11 @@ def test_later_encoder_layers_see_fewer_tokens(plan):
         handle.remove()
 
 
-@every_merging
+@pytest.mark.parametrize("plan", [plan for plan in MERGING.values() if not isinstance(plan, vt.Plan)], ids=str)
 @every_batch
 @both_attentions
 def test_keeping_everything_is_bit_identical(plan, rows, attention):
-    if isinstance(plan, vt.LUVC | vt.ToMe):
-        model, inputs = llava(attention), prompts(*rows)
-        plain = generate(model, inputs)
-        for keep in (1.0, tiny.PATCHES):
-            with vt.trim(model, vt.load_method(plan, keep=keep)) as run:
-                ours = generate(model, inputs)
-            assert run.report.mean == tiny.PATCHES
-            assert torch.equal(torch.stack(ours.logits), torch.stack(plain.logits))
+    keeps_everything(plan, llava(attention), prompts(*rows))
 
 
 @every_merging
@@ -358,7 +350,7 @@ def test_counts_are_exact_and_cached(plan):
         model(input_ids=ids, pixel_values=more["pixel_values"], position_ids=positions, past_key_values=cache)
     per_layer = {
         "oim": [8] * 5,
-        "oim, four calls of mass": [4] * 5,
+        "oim of mass": [4] * 5,
         "luvc": [8, 8, 4, 2, 0],  # 0.45 x 8 = 3.6, 0.45^2 x 8 = 1.62
         "tome": [5] * 5,
         "oim, then visiontrim": [5] * 5,

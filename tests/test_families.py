@@ -23,7 +23,11 @@ PLANS = {
     "visiontrim": vt.VisionTrim(keep=0.5),
     "both": vt.VisionTrim(keep=0.5, stages="both", guidance="none"),  # nothing merged: masking cannot show merging
 }
-VISION_PLANS = {"random": vt.Random(keep=0.5), "visiontrim": vt.VisionTrim(keep=0.5)}
+VISION_PLANS = {
+    "random": vt.Random(keep=0.5),
+    "visiontrim": vt.VisionTrim(keep=0.5),
+    "merging": vt.VisionTrim(keep=0.5, iterations=1),
+}
 WITH_VIDEO = (
     "llava_next_video",
     "llava_onevision",

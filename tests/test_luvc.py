@@ -14,7 +14,19 @@ from transformers import DynamicCache
 
 import tiny
 import visiontrim as vt
-from tiny import ROWS, Masked, both_attentions, close, every_batch, generate, hidden_places, llava, prompts, sample
+from tiny import (
+    ROWS,
+    Masked,
+    both_attentions,
+    close,
+    every_batch,
+    generate,
+    hidden_places,
+    keeps_everything,
+    llava,
+    prompts,
+    sample,
+)
 from visiontrim.methods.schedule import counts, stages
 from visiontrim.ops import spectrum
 
@@ -246,7 +258,7 @@ def test_the_cutoff_is_what_the_tokens_to_come_can_carry():
 # ------------------------------------------------------------------------------------------------ pruning by spectrum
 
 SCHEDULED = {
-    "tokens": vt.LUVC(stages="language"),
+    "tokens": vt.LUVC(stages="language", spectrum="tokens"),
     "channels": vt.LUVC(stages="language", spectrum="channels"),
     "grid": vt.LUVC(stages="language", spectrum="grid"),
     "residual": vt.LUVC(stages="language", spectrum="residual", schedule="linear", every=1),
@@ -306,18 +318,11 @@ def test_caches_hold_what_the_schedule_leaves(plan):
     assert [layer.keys.shape[-2] for layer in cache.layers] == [11 + 7 + 3 * count for count in per_layer]
 
 
-@every_luvc
+@pytest.mark.parametrize("plan", [p for p in (SCHEDULED | MERGING).values() if not isinstance(p, vt.Plan)], ids=str)
 @every_batch
 @both_attentions
 def test_keeping_everything_is_the_plain_model(plan, rows, attention):
-    if isinstance(plan, vt.LUVC | vt.Fade):
-        model, inputs = llava(attention), prompts(*rows)
-        plain = generate(model, inputs)
-        for keep in (1.0, tiny.PATCHES):
-            with vt.trim(model, vt.load_method(plan, keep=keep)) as run:
-                ours = generate(model, inputs)
-            assert run.report.mean == tiny.PATCHES
-            assert torch.equal(torch.stack(ours.logits), torch.stack(plain.logits))
+    keeps_everything(plan, llava(attention), prompts(*rows))
 
 
 def test_the_largest_energy_after_the_input_norm_goes_on():

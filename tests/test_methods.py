@@ -63,11 +63,11 @@ def same(a: Keep, b: Keep):
 
 VISION = [
     VisionTrim(keep=12),
-    VisionTrim(keep=0.5, fusion="standardised", merge="mean"),
+    VisionTrim(keep=0.5, fusion="standardised", merge="mean", iterations=3),
     VisionTrim(keep=12, fusion="cls", merge="uniform", iterations=1),
     VisionTrim(keep=12, fusion="local", sigma="entries", centre=True, border="window"),
-    VisionTrim(keep=12, fusion="variance", global_score="received", window=5),
-    VisionTrim(keep=12, similarity="dot", sign=-1),
+    VisionTrim(keep=12, fusion="variance", global_score="received", window=5, iterations=2),
+    VisionTrim(keep=12, similarity="dot", sign=-1, iterations=1),
     VisionTrim(keep=12, patch_space="last", scale=3.0, iterations=0),
     VisionTrim(keep=12, guidance="none"),
     VisionTrim(keep=12, variant="release"),
@@ -76,7 +76,8 @@ VISION = [
 ]
 LANGUAGE = [
     VisionTrim(keep=12, stages="language"),
-    VisionTrim(keep=12, stages="language", layer=4, neighbourhood="nearest", merge="mean"),
+    VisionTrim(keep=12, stages="language", iterations=1),
+    VisionTrim(keep=12, stages="language", layer=4, neighbourhood="nearest", merge="add", iterations=3),
     VisionTrim(keep=0.25, stages="language", fusion="local"),
     VisionTrim(keep=12, stages="language", fusion="cls", guidance="none"),
     Random(keep=12, layer=2),
@@ -397,6 +398,7 @@ def test_controls_stand_where_they_are_put():
         ({"scale": "clip"}, "scale='clip': give a number above 0"),
         ({"sign": 0}, "sign=0 is no choice: choose from 1, -1"),
         ({"patch_space": "first"}, "patch_space='first' is no choice"),
+        ({"merge": "add"}, "merge='add' has nothing to say with iterations=0: give iterations=3"),
         ({"iterations": -1}, "iterations=-1 is no number of rounds"),
         ({"iterations": True}, "iterations=True: give a whole number"),
         ({"merge": "max"}, "merge='max' is no choice: choose from 'add', 'mean', 'uniform'"),

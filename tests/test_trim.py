@@ -269,11 +269,12 @@ def test_the_question_decides_what_complements(model, inputs, guide):
     assert len(set(map(tuple, chosen.values()))) == 2
 
 
+@pytest.mark.parametrize("iterations", [0, 2])
 @pytest.mark.parametrize("stages", ["vision", "language", "both"])
-def test_every_row_has_its_own_question(model, stages):
+def test_every_row_has_its_own_question(model, stages, iterations):
     batch = prompts((3, "image", 5), (6,), (1, "image", 2, "image", 7))
     questions = ["what is red", "shape", "color of the star"]
-    method = vt.VisionTrim(keep=10, split=0.5, stages=stages)
+    method = vt.VisionTrim(keep=10, split=0.5, stages=stages, iterations=iterations)
     together, run = answer(model, batch, method, question=questions, text_tower=tower())
     number = 0
     for row, question in enumerate(questions):

@@ -197,3 +197,13 @@ def generate(model, inputs, **options):
 
 def close(ours: Tensor, reference: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance)
+
+
+def keeps_everything(method, model, inputs) -> None:
+    """Assert that with ``keep`` of everything, as a share and as a number, ``method`` is the plain model to the bit."""
+    plain = generate(model, inputs)
+    for keep in (1.0, PATCHES):
+        with vt.trim(model, vt.load_method(method, keep=keep)) as run:
+            ours = generate(model, inputs)
+        assert run.report.mean == PATCHES
+        assert torch.equal(torch.stack(ours.logits), torch.stack(plain.logits))

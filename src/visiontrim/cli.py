@@ -43,7 +43,7 @@ app.command("eval", epilog=evaluate.EVAL_EPILOG)(evaluate.evaluate)
 app.command(epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
 app.command(epilog=cost.EPILOG)(cost.cost)
 app.command(epilog=bench.EPILOG)(bench.bench)
-app.add_typer(analyze.app, name="analyze")
+app.command(epilog=analyze.EPILOG)(analyze.analyze)
 app.add_typer(zoo.app, name="zoo")
 
 

@@ -121,6 +121,8 @@ class VisionTrim(Method):
         positive = self.scale is None or (isinstance(self.scale, int | float) and self.scale > 0)
         require(positive, f"scale={self.scale!r}: give a number above 0, or null for the natural one; sign=-1 inverts")
         require(self.iterations >= 0, f"iterations={self.iterations} is no number of rounds: give 0 or more")
+        idle = self.iterations == 0 and self.merge != VisionTrim.merge
+        require(not idle, f"merge={self.merge!r} has nothing to say with iterations=0: give iterations=3, as the paper")
         require(self.funnel >= 1, f"funnel={self.funnel} would add tokens between the stages: give at least 1")
         if self.variant == "release":
             free = {"keep", "split", "guidance", "variant"}

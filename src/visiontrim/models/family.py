@@ -163,7 +163,7 @@ class Family(ABC):
 
     def rotary(self, kind: Kind, positions: Float[Tensor, "patches 2"]) -> tuple[Tensor, Tensor]:
         """Cosines and sines [patches, head_dim], float32, that layers with a :meth:`packing` get for (row, column)."""
-        raise NotImplementedError
+        raise TrimError(f"{type(self).__name__} packs pictures into one sequence and does not say how it rotates them")
 
     def pixels(self, kind: Kind, arguments: Arguments) -> Float[Tensor, "tokens channels values"]:
         """Pixels of everything that becomes a vision token, in the order of placeholders, as the model gets them."""

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import visiontrim as vt
 from families import CONFIGS
+from releases import cache_of
 from visiontrim import zoo
 from visiontrim.cli import app
 from visiontrim.measure import Clock
@@ -43,7 +44,7 @@ def test_the_ideal_feeds_so_many_tokens(name, picture):
     expected = model(**inputs).logits
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "return_dict_in_generate": True}
     with Ideal(family_of(model), inputs, 3) as ideal:
-        cache = model.generate(**ideal.inputs, **options).past_key_values
+        cache = cache_of(model.generate(**ideal.inputs, **options))
         assert {layer.keys.shape[-2] for layer in cache.layers} == {8 + 3 + 1}
     with Ideal(family_of(model), inputs, total) as ideal:
         everything = ideal.inputs if name.startswith("qwen") else inputs  # there positions are consecutive

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import tiny
 import visiontrim as vt
+from releases import CACHE
 from tiny import close, generate, llava, prompts
 from visiontrim.engine.cache import TrimmedLayer, cache_bytes, check_cache, physical_length
 
@@ -21,7 +22,7 @@ def filled(rows=((3, "image", 5), (1, "image", 2, "image", 7)), keep=6, **option
     model, inputs = llava(), prompts(*rows)
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, vt.Random(keep=keep, **options)):
-        model(**inputs, past_key_values=cache)
+        model(**(inputs | {CACHE: cache}))
     return model, inputs, cache
 
 
@@ -58,11 +59,11 @@ def test_only_what_follows_the_prompt_can_be_cropped():
     model, inputs, cache = filled(rows=[(3, "image", 5)])
     length = inputs["input_ids"].shape[1]
     with vt.trim(model, "random", keep=6):
-        before = model(torch.tensor([[7]]), past_key_values=copy.deepcopy(cache)).logits
-        model(torch.tensor([[9, 11]]), past_key_values=cache)
+        before = model(torch.tensor([[7]]), **{CACHE: copy.deepcopy(cache)}).logits
+        model(torch.tensor([[9, 11]]), **{CACHE: cache})
         cache.crop(-2)
         assert cache.get_seq_length() == length
-        close(model(torch.tensor([[7]]), past_key_values=cache).logits, before)
+        close(model(torch.tensor([[7]]), **{CACHE: cache}).logits, before)
         with pytest.raises(vt.TrimError, match="cannot crop 3 tokens: only the 1 tokens after the compressed prompt"):
             cache.crop(-3)
 
@@ -72,8 +73,8 @@ def test_a_copy_continues_by_itself():
     fork = copy.deepcopy(cache)
     token, mask = torch.tensor([[7], [8]]), torch.ones(2, cache.get_seq_length() + 1, dtype=torch.long)
     with vt.trim(model, "random", keep=6):
-        ours = model(token, attention_mask=mask, past_key_values=cache).logits
-        theirs = model(token, attention_mask=mask, past_key_values=fork).logits
+        ours = model(token, attention_mask=mask, **{CACHE: cache}).logits
+        theirs = model(token, attention_mask=mask, **{CACHE: fork}).logits
     assert torch.equal(ours, theirs)
     assert physical_length(fork, 0) == physical_length(cache, 0)
 
@@ -83,7 +84,7 @@ def test_reset_forgets_what_was_removed():
     cache.reset()
     assert cache.get_seq_length() == 0
     with vt.trim(model, "random", keep=6):
-        again = generate(model, inputs, past_key_values=cache)
+        again = generate(model, inputs, **{CACHE: cache})
         fresh = generate(model, inputs)
     assert torch.equal(again.sequences, fresh.sequences)
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import visiontrim as vt
 from families import CONFIGS
+from releases import cache_of
 from visiontrim import zoo
 from visiontrim.cli import app
 from visiontrim.engine.cache import cache_bytes
@@ -42,7 +43,7 @@ def counted(model, inputs: dict, answer: int) -> tuple[int, int]:
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model.generate(**inputs, **options, return_dict_in_generate=True)
     rotary = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
-    return counter.get_total_flops() - sum(rotary), cache_bytes(output.past_key_values)
+    return counter.get_total_flops() - sum(rotary), cache_bytes(cache_of(output))
 
 
 @pytest.mark.parametrize("name", sorted(BILLIONS))

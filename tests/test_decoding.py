@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 import families
 import visiontrim as vt
 from families import Prompts, hidden_places
+from releases import CACHE, cache_of
 from tiny import both_attentions, close, generate
 from visiontrim.core.method import Decoding
 from visiontrim.core.view import Glance
@@ -239,7 +240,7 @@ def test_dropping_nothing_is_bit_identical_and_the_cache_stays_whole(name, atten
     for drop in (0.0, 0.7):
         with vt.trim(model, view(view_drop=drop)) as run:
             ours = generate(model, inputs)
-        held = [[layer.keys.shape[2] for layer in out.past_key_values.layers] for out in (ours, plain)]
+        held = [[layer.keys.shape[2] for layer in cache_of(out).layers] for out in (ours, plain)]
         assert held[0] == held[1]
         assert run.report.kv_bytes == run.report.kv_bytes_plain
         same = [torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True)]
@@ -254,10 +255,10 @@ def test_a_second_turn_with_a_new_image_begins_anew():
     first, second = Prompts(name, (3, "image", 5)).batch(), Prompts(name, (2, "image", 4), seed=5).batch()
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, VIEW):
-        one = generate(model, first, past_key_values=cache, max_new_tokens=STEPS)
+        one = generate(model, first, **{CACHE: cache}, max_new_tokens=STEPS)
         ids = torch.cat([one.sequences, second["input_ids"]], 1)
         more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": second["pixel_values"]}
-        two = generate(model, more, past_key_values=cache, max_new_tokens=STEPS)
+        two = generate(model, more, **{CACHE: cache}, max_new_tokens=STEPS)
     pixels = {"pixel_values": torch.cat([first["pixel_values"], second["pixel_values"]])}
     whole = Whole(name, first | pixels, two.sequences, {})
     starts = first["input_ids"].shape[1], ids.shape[1]
@@ -285,10 +286,10 @@ def test_forwards_of_the_caller_are_steps_too():
     with vt.trim(model, VIEW):
         out = generate(model, inputs)
         cache, start = DynamicCache(config=model.config.text_config), inputs["input_ids"].shape[1]
-        step = model(**inputs, past_key_values=cache)
+        step = model(**(inputs | {CACHE: cache}))
         for number, logits in enumerate(out.logits):
             close(step.logits[:, -1], logits)
-            step = model(input_ids=out.sequences[:, start + number, None], past_key_values=cache)
+            step = model(input_ids=out.sequences[:, start + number, None], **{CACHE: cache})
 
 
 def test_flash_attention_gets_a_padding_mask_with_gaps():

@@ -17,6 +17,7 @@ import families
 import tiny
 import visiontrim as vt
 from families import Prompts
+from releases import CACHE, cache_of
 from tiny import both_attentions, close
 from visiontrim.core.method import EncoderLayer
 from visiontrim.models import family_of
@@ -214,7 +215,7 @@ def test_every_layer_caches_what_the_schedule_leaves_and_the_last_one_nothing(na
     model, inputs = model_of(name), Prompts(name, (3, kind, 5)).batch()
     vision, text = tokens(name, model, inputs)
     with vt.trim(model, luvc()) as run:
-        cache = generate(model, inputs, max_new_tokens=1).past_key_values
+        cache = cache_of(generate(model, inputs, max_new_tokens=1))
     parts = len(run.trace.images)
     entering = vision // parts // 2
     # 0.45 and 0.45^2 of what entered, per tile or picture, rounded half up
@@ -229,19 +230,19 @@ def test_a_second_turn_equals_decoding_it_token_by_token(name):
     _, text = tokens(name, model, inputs)
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, luvc()) as run:
-        first = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        first = model.generate(**(inputs | {CACHE: cache}), max_new_tokens=3, do_sample=False)
         held = [layer.keys.shape[-2] for layer in cache.layers]
         again = copy.deepcopy(cache)
         asked = torch.randint(10, families.VOCABULARY, (1, 5), generator=torch.Generator().manual_seed(3))
         ids = torch.cat([first, asked], 1)
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 3}
         out = model.generate(
-            input_ids=ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **options
+            input_ids=ids, **{CACHE: cache}, output_logits=True, return_dict_in_generate=True, **options
         )
         for end in range(first.shape[1], ids.shape[1] + 1):
             step = model.generate(
                 input_ids=ids[:, :end],
-                past_key_values=again,
+                **{CACHE: again},
                 output_logits=True,
                 return_dict_in_generate=True,
                 **options | {"attention_mask": torch.ones_like(ids[:, :end]), "max_new_tokens": 1},
@@ -257,12 +258,12 @@ def test_a_picture_in_the_second_turn(name):
     (_, text), (_, text_more) = tokens(name, model, inputs), tokens(name, model, more)
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, luvc()) as run:
-        model(**inputs, past_key_values=cache)
+        model(**(inputs | {CACHE: cache}))
         once = run.trace
         past, length = cache.get_seq_length(), more["input_ids"].shape[1]
         del more["attention_mask"]
         positions = torch.arange(past, past + length).expand(3 if name in QWEN else 1, 1, length)
-        model(**more, past_key_values=cache, position_ids=positions if name in QWEN else positions[0])
+        model(**more, **{CACHE: cache}, position_ids=positions if name in QWEN else positions[0])
         left = per_layer(once, run.trace)
     assert [layer.keys.shape[-2] for layer in cache.layers] == [text + text_more + count for count in left]
     assert left[-1] == 0 < left[0]

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import visiontrim as vt
+from releases import CACHE
 from tiny import ROWS, both_attentions, close, every_batch, generate, keeps_everything, llava, prompts, sample
 from visiontrim.core.method import EncoderLayer
 from visiontrim.engine.survivors import Merging, Survivors
@@ -182,11 +183,11 @@ def test_counts_are_exact_and_cached(plan):
     model, inputs = llava(), prompts((3, "image", 5))
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, plan) as run:
-        model(**inputs, past_key_values=cache)
+        model(**(inputs | {CACHE: cache}))
         more = prompts((4, "image", 2), seed=2)
         ids, past = more["input_ids"], cache.get_seq_length()
         positions = torch.arange(past, past + ids.shape[1])[None]
-        model(input_ids=ids, pixel_values=more["pixel_values"], position_ids=positions, past_key_values=cache)
+        model(input_ids=ids, pixel_values=more["pixel_values"], position_ids=positions, **{CACHE: cache})
     per_layer = {
         "oim": [8] * 5,
         "oim of mass": [4] * 5,

@@ -17,6 +17,7 @@ from transformers import DynamicCache, TextStreamer
 
 import tiny
 import visiontrim as vt
+from releases import CACHE
 from tiny import (
     PLANS,
     ROWS,
@@ -139,7 +140,7 @@ def test_cache_lengths_are_what_the_report_says(plan, rows):
     model, inputs = llava(), prompts(*rows)
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, plan) as run:
-        model(**inputs, past_key_values=cache)
+        model(**(inputs | {CACHE: cache}))
     physical = [layer.keys.shape[-2] for layer in cache.layers]
     assert tuple(physical) == run.trace.cache_lengths == run.trace.widths
     text = model.config.text_config

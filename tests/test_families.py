@@ -12,6 +12,7 @@ import torch
 import families
 import visiontrim as vt
 from families import BIDIRECTIONAL, CONFIGS, OLD, Prompts, hidden_places
+from releases import cache_of
 from tiny import Masked, close, generate
 from visiontrim.commands.listing import show_models
 from visiontrim.models import family_of, list_families
@@ -73,7 +74,7 @@ def test_removal_equals_masking_and_the_cache_is_as_reported(name, kind, plan, a
     model, inputs = model_of(name, attention), prompts(name, kind).batch(*rows)
     with vt.trim(model, plan) as run:
         ours = generate(model, inputs)
-    assert held_in(ours.past_key_values) == [width + 5 for width in expected_widths(model, inputs, run.trace)]
+    assert held_in(cache_of(ours)) == [width + 5 for width in expected_widths(model, inputs, run.trace)]
     with Masked(model, inputs["attention_mask"], hidden_places(name, inputs, run.trace)):
         reference = generate(model, inputs)
     assert ours.sequences.equal(reference.sequences)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import families
 import visiontrim as vt
 from families import BIDIRECTIONAL, CONFIGS, Prompts, hidden_places
+from releases import CACHE
 from tiny import Masked, close, generate
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -74,7 +75,7 @@ def converse(model, turns: list[dict[str, Tensor]], contexts: list[AbstractConte
         along = {key: value for key, value in turn.items() if value.shape == turn["input_ids"].shape}
         said = {key: torch.cat([said[key], value], 1) if said else value for key, value in along.items()}
         with context:
-            outputs.append(generate(model, turn | said, past_key_values=cache, max_new_tokens=4))
+            outputs.append(generate(model, turn | said, **{CACHE: cache}, max_new_tokens=4))
         said["input_ids"] = outputs[-1].sequences
         for key in said.keys() - {"input_ids"}:
             said[key] = pad(said[key], (0, 4), value=int(key == "attention_mask"))

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import tiny
 import visiontrim as vt
+from releases import CACHE
 from tiny import both_attentions, close, every_batch, generate, llava, prompts
 from visiontrim.core.view import Signal
 
@@ -188,10 +189,10 @@ def test_second_turn_with_an_image_sees_the_first(attention):
     mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
     places = (mask.cumsum(1) - 1).clamp_min(0)
     past = first["input_ids"].shape[1]
-    model(**first, position_ids=places[:, :past], past_key_values=cache)
+    model(**first, position_ids=places[:, :past], **{CACHE: cache})
     with vt.trim(model, spy):
         turn = {"input_ids": second["input_ids"], "pixel_values": second["pixel_values"]}
-        model(**turn, attention_mask=mask, position_ids=places[:, past:], past_key_values=cache)
+        model(**turn, attention_mask=mask, position_ids=places[:, past:], **{CACHE: cache})
     order = [first["pixel_values"][0], second["pixel_values"][0], first["pixel_values"][1], second["pixel_values"][1]]
     whole = {
         "input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1),
@@ -217,9 +218,9 @@ def test_second_turn_after_removal_sees_what_the_cache_holds(attention):
     whole = torch.cat([first["input_ids"], second["input_ids"]], 1)
     past, traces = first["input_ids"].shape[1], []
     with vt.trim(model, vt.Random(keep=5, layer=1) | spy) as run:
-        model(**first, past_key_values=cache)
+        model(**first, **{CACHE: cache})
         traces.append(run.trace)
-        model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache)
+        model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], **{CACHE: cache})
         traces.append(run.trace)
     early, late = tiny.hidden_places(first, traces[0]), tiny.hidden_places(second, traces[1])
     gone = {layer: torch.cat([early[layer], late[layer]], 1) for layer in early}

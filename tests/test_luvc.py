@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import tiny
 import visiontrim as vt
+from releases import CACHE
 from tiny import (
     ROWS,
     Masked,
@@ -92,7 +93,7 @@ def test_a_layer_without_vision_tokens_caches_text_alone():
     model, inputs = llava(), prompts((3, "image", 5, "image", 2))
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, EMPTYING["after others"]) as run:
-        model(**inputs, past_key_values=cache)
+        model(**(inputs | {CACHE: cache}))
     text = 1 + 3 + 5 + 2
     assert [layer.keys.shape[-2] for layer in cache.layers] == [text + 18, text + 10, text, text, text]
     assert run.report.per_layer == (9, 5, 0, 0, 0)
@@ -299,13 +300,13 @@ def test_caches_hold_what_the_schedule_leaves(plan):
     model, inputs = llava(), prompts((3, "image", 5, "image", 2))
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, plan) as run:
-        model(**inputs, past_key_values=cache)
+        model(**(inputs | {CACHE: cache}))
         first = run.trace
         # a second turn with one more image, on the same cache
         more = prompts((4, "image", 2), seed=2)
         ids, past = more["input_ids"], cache.get_seq_length()
         positions = torch.arange(past, past + ids.shape[1])[None]
-        model(input_ids=ids, pixel_values=more["pixel_values"], position_ids=positions, past_key_values=cache)
+        model(input_ids=ids, pixel_values=more["pixel_values"], position_ids=positions, **{CACHE: cache})
     wanted = {
         "after visiontrim": [9, 9, 4, 2, 0],  # 0.45 x 9 = 4.05, 0.45^2 x 9 = 1.8
         "residual": [16, 12, 8, 4, 0],

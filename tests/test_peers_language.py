@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import tiny
 import visiontrim as vt
+from releases import CACHE
 from tiny import Masked, both_attentions, close, every_batch, generate, hidden_places, llava, prompts, sample
 from visiontrim.core.budget import at_depths, mean_per_layer, spread
 
@@ -120,7 +121,7 @@ def test_cache_lengths_are_exact(method, rows):
     model, inputs = llava(), prompts(*rows)
     cache = DynamicCache(config=model.config.text_config)
     with vt.trim(model, method) as run:
-        model(**inputs, past_key_values=cache)
+        model(**(inputs | {CACHE: cache}))
     lengths = [layer.keys.shape[-2] for layer in cache.layers]
     assert tuple(lengths) == run.trace.cache_lengths == run.trace.widths
     per_row = [0] * tiny.LAYERS

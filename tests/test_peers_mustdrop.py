@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import visiontrim as vt
+from releases import CACHE, cache_of
 from tiny import IMAGE, ROWS, both_attentions, close, generate, llava, prompts, sample
 from visiontrim.core.method import DecoderLayer, EncoderLayer, Layers, VisionOutput
 from visiontrim.core.view import Text
@@ -197,7 +198,7 @@ def test_the_cache_is_narrowed_to_what_the_last_stage_left(rows):
     for method in (SMALL, Wide(**{f.name: getattr(SMALL, f.name) for f in dataclasses.fields(SMALL)})):
         cache = DynamicCache(config=model.config.text_config)
         with vt.trim(model, method) as run:
-            model(**inputs, past_key_values=cache)
+            model(**(inputs | {CACHE: cache}))
         caches.append(cache)
     narrow, wide = caches
     for row in range(len(inputs["input_ids"])):
@@ -224,11 +225,11 @@ def test_a_narrowed_conversation_goes_on():
     model, inputs = llava(), prompts(*ROWS["batch"])
     with vt.trim(model, SMALL):
         first = generate(model, inputs, max_new_tokens=4)
-        cache = first.past_key_values
+        cache = cache_of(first)
         assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 3
         more = torch.cat([first.sequences, torch.full((3, 2), 17)], 1)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
-        again = model.generate(input_ids=more, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+        again = model.generate(input_ids=more, attention_mask=mask, **{CACHE: cache}, max_new_tokens=3)
     assert again.shape == (3, more.shape[1] + 3)
 
 

@@ -31,6 +31,7 @@ from transformers import (
 
 import tiny
 import visiontrim as vt
+from releases import CACHE
 from tiny import llava, prompts, sample
 from visiontrim.measure import Clock
 from visiontrim.models.text import MAX_WINDOWS
@@ -194,7 +195,7 @@ def test_what_needs_equal_cache_layers(model, inputs):
         with pytest.raises(vt.TrimError, match=r"StaticLayer.*use a DynamicCache"):
             model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
         with pytest.raises(vt.TrimError, match=r"StaticLayer.*use a DynamicCache"):
-            model(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=64))
+            model(**inputs, **{CACHE: StaticCache(config=model.config.text_config, max_cache_len=64)})
         with pytest.raises(vt.TrimError, match=r"prefill_chunk_size=8 .*: use None"):
             model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
         length = inputs["input_ids"].shape[1]

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import visiontrim as vt
+from releases import CACHE, cache_of
 from tiny import ROWS, Masked, both_attentions, close, every_plan, generate, hidden_places, llava, prompts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 def turn(model, cache, ids, mask, **inputs):
     out = model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False, **inputs
+        input_ids=ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=4, do_sample=False, **inputs
     )
     return out, torch.cat([mask, mask.new_ones(mask.shape[0], out.shape[1] - mask.shape[1])], 1)
 
@@ -39,7 +40,7 @@ def next_logits(model, plan, cache, ids: Tensor, mask: Tensor) -> Tensor:
     assert past == ids.shape[1] - 1
     with vt.trim(model, plan):
         return model(
-            input_ids=ids[:, past:], attention_mask=mask, position_ids=places(mask)[:, past:], past_key_values=cache
+            input_ids=ids[:, past:], attention_mask=mask, position_ids=places(mask)[:, past:], **{CACHE: cache}
         ).logits[:, -1]
 
 
@@ -118,6 +119,6 @@ def test_compact_positions_continue_consecutively(plan):
 def test_a_cache_with_other_stages_is_refused():
     model, inputs = llava(), prompts((3, "image", 5))
     with vt.trim(model, vt.Random(keep=5, layer=2)):
-        cache = generate(model, inputs).past_key_values
+        cache = cache_of(generate(model, inputs))
     with vt.trim(model, vt.Random(keep=5, layer=3)), pytest.raises(vt.TrimError, match="layer 2 of the cache lacks 11"):
-        model(input_ids=torch.tensor([[20, 21]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[20, 21]]), **{CACHE: cache})

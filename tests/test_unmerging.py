@@ -15,6 +15,7 @@ from transformers import DynamicCache
 import families
 import visiontrim as vt
 from families import Prompts
+from releases import CACHE, cache_of
 from tiny import both_attentions, close, generate, llava, prompts
 from visiontrim.engine.call import Prefill
 from visiontrim.models import family_of
@@ -212,7 +213,7 @@ def test_generate_equals_forwards_one_by_one(name):
         if name == "qwen2_5_vl":
             return  # without generate() it takes its positions from the whole of the prompt's ids alone
         mask = inputs["attention_mask"]
-        step = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache)
+        step = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp_min(0), **{CACHE: cache})
         for number in range(6):
             close(step.logits[:, -1], ours[:, number])
             mask = F.pad(mask, (0, 1), value=1)
@@ -220,7 +221,7 @@ def test_generate_equals_forwards_one_by_one(name):
                 input_ids=out.sequences[:, prompt + number, None],
                 attention_mask=mask,
                 position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
+                **{CACHE: cache},
             )
 
 
@@ -239,9 +240,9 @@ def test_a_second_turn_with_a_new_image():
     ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
     mask, cache = torch.ones_like(ids), DynamicCache(config=model.config.text_config)
     with vt.trim(model, vt.DyMU(keep=5, unmerge=True)):
-        model(**first, past_key_values=cache)
+        model(**first, **{CACHE: cache})
         positions = torch.arange(first["input_ids"].shape[1], ids.shape[1])[None]
-        later = model(**(second | {"attention_mask": mask}), position_ids=positions, past_key_values=cache).logits
+        later = model(**(second | {"attention_mask": mask}), position_ids=positions, **{CACHE: cache}).logits
         pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
         whole = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False).logits
     close(later[:, -4:], whole[:, -4:])
@@ -250,7 +251,7 @@ def test_a_second_turn_with_a_new_image():
 def test_counts_are_those_of_what_is_held_and_computed():
     model, inputs = llava(), prompts((3, "image", 5))
     with vt.trim(model, vt.DyMU(keep=5, unmerge=True)) as run:
-        cache = generate(model, inputs, max_new_tokens=1).past_key_values
+        cache = cache_of(generate(model, inputs, max_new_tokens=1))
     length = inputs["input_ids"].shape[1]
     assert [layer.keys.shape[2] for layer in cache.layers] == [length] * 5
     assert run.trace.cache_lengths == run.trace.attended == (length,) * 5

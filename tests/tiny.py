@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import visiontrim as vt
+from releases import CACHE
 from visiontrim.core.method import VisionOutput
 from visiontrim.core.trace import Trace
 from visiontrim.models import family_of
@@ -156,7 +157,7 @@ class Masked(AbstractContextManager):
                 visible &= ~places
 
         def hook(module, args, kwargs):
-            hidden, cache = args[0], kwargs["past_key_values"]
+            hidden, cache = args[0], kwargs[CACHE]
             batch, queries = hidden.shape[:2]
             past = 0 if cache is None else cache.get_seq_length(index)
             keys = past + queries

@@ -15,8 +15,9 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method, Positions, VisionOutput
 from visiontrim.core.registry import load_method
 from visiontrim.core.trace import Trace
+from visiontrim.engine.context import Clock
 from visiontrim.engine.guidance import Questions
-from visiontrim.engine.session import Clock, Per, Session
+from visiontrim.engine.session import Per, Session
 from visiontrim.images import as_seen, deviations
 from visiontrim.models.family import Family, family_of, unwrapped
 from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower

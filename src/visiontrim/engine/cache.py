@@ -205,8 +205,10 @@ def physical_length(cache: Cache, index: int) -> int:
     return 0 if keys is None else keys.shape[-2]
 
 
-def cache_bytes(cache: Cache) -> int:
+def cache_bytes(cache: Cache | None) -> int:
     """Bytes of all keys and values in ``cache``."""
+    if cache is None:
+        return 0
     held = (tensor for index in range(len(cache.layers)) for tensor in _held(cache, index))
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 

@@ -16,34 +16,31 @@ prompt comes. A cache that another run began knows of no vision tokens, and all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Step
 from visiontrim.core.view import Glance
 from visiontrim.engine.cache import Glanced, TrimmedLayer, make_trimmed, physical_length, trimmed_layer
-from visiontrim.engine.call import Forward, Prefill
+from visiontrim.engine.context import Context
+from visiontrim.engine.forward import Forward, Prefill
 from visiontrim.engine.pack import gather, pack_left
+from visiontrim.engine.upstream import causal_mask
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
-
-if TYPE_CHECKING:
-    from visiontrim.engine.session import Session
 
 
 class DecodingStage:
     """The steps of decoding of one run. Raises :class:`TrimError` where its layer cannot be what the method wants."""
 
-    def __init__(self, family: Family, decoding: Decoding, steps: Mapping[int, Step], session: Session) -> None:
+    def __init__(self, family: Family, decoding: Decoding, steps: Mapping[int, Step], context: Context) -> None:
         self._family = family
         self._model = family.language_model
         self._decoding = decoding
-        self._session = session
+        self._context = context
         self.layer = layer = decoding.layer
         """The decoder layer from which on the answer sees a part."""
         if not 1 <= layer < len(self._model.layers):
@@ -66,7 +63,7 @@ class DecodingStage:
 
     def _answers(self, forward: Forward) -> bool:
         """Whether the pass is that of one token of an answer."""
-        call = self._session.call
+        call = self._context.call
         end = None if call is None else call.prompt_end
         if end is None:  # a forward of the caller's own: one token goes on with an answer, several are a prompt
             return forward.length == 1 and not isinstance(forward, Prefill)
@@ -98,7 +95,7 @@ class DecodingStage:
         held = self._held(forward)
         if not forward.answers or held is None or (glanced := held.glanced) is None:
             return
-        with self._session.clock("method"), torch.no_grad():
+        with self._context.choosing():
             attention = self._attention(forward).gather(1, glanced.places).masked_fill(~glanced.valid, 0.0)
             glance = Glance(attention, glanced.valid, glanced.attention, glanced.shown)
             shown = self._decoding.select(glance)
@@ -108,12 +105,12 @@ class DecodingStage:
                     f"attention to {tuple(attention.shape)} vision tokens: give bool of the same shape"
                 )
             glanced.attention, glanced.shown = attention, shown & glanced.valid
-            forward.overrides["attention_mask"] = create_causal_mask(
-                config=self._model.config,
-                inputs_embeds=hidden,
-                attention_mask=self._visible(forward, held, glanced.valid & ~shown),
-                past_key_values=forward.cache,
-                layer_idx=self.layer,
+            forward.overrides["attention_mask"] = causal_mask(
+                self._model.config,
+                hidden,
+                self._visible(forward, held, glanced.valid & ~shown),
+                forward.cache,
+                self.layer,
             )
 
     def _attention(self, forward: Forward) -> Float[Tensor, "batch keys"]:

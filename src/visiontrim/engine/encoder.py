@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
 from visiontrim.core.view import Signal, View
 from visiontrim.engine.call import Call, Encoding
+from visiontrim.engine.context import Context
 from visiontrim.engine.inside import Inside
 from visiontrim.engine.pack import gather
 from visiontrim.engine.placing import placed
@@ -28,9 +29,6 @@ from visiontrim.engine.select import checked_select
 from visiontrim.engine.signals import HEARD, PIXELS, encoder_signals, pixel_signals
 from visiontrim.engine.survivors import Merging, Survivors, coordinates
 from visiontrim.models.family import Family
-
-if TYPE_CHECKING:
-    from visiontrim.engine.session import Session
 
 
 class EncoderStage:
@@ -43,14 +41,14 @@ class EncoderStage:
         per: str,
         apart: bool,
         deviation: Sequence[float] | None,
-        session: Session,
+        context: Context,
     ) -> None:
         self._family = family
         self._steps = steps
         self._per = per
         self._apart = apart
         self._deviation = deviation
-        self._session = session
+        self._context = context
         self._layers = family.encoder_layers("image")
         attention = family.encoder("image").config._attn_implementation or "" if steps else ""
         for index, step in steps.items():
@@ -92,7 +90,7 @@ class EncoderStage:
         return removers
 
     def _encoding(self) -> Encoding | None:
-        call = self._session.call
+        call = self._context.call
         return None if call is None else call.encoding
 
     def _inside(self) -> Inside | None:
@@ -101,13 +99,13 @@ class EncoderStage:
         return None if encoding is None else encoding.merged
 
     def _before_layer(self, index: int, module, args, kwargs):
-        call: Call | None = self._session.call
+        call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return None
         changed: dict[str, Any] = {}
         if index in self._steps:
             hidden = args[0] if args else kwargs["hidden_states"]
-            with self._session.clock("method"), torch.no_grad():
+            with self._context.choosing():
                 changed["hidden_states"] = self._merge(call, call.encoding, index, hidden)
         if (inside := self._inside()) is not None:
             windowed = self._family.windowed(call.encoding.kind, index)
@@ -210,7 +208,7 @@ class EncoderStage:
         needs: set[Signal] = {instead if name == "cls_attention" else name for name in step.needs & HEARD}
         if not self._family.special_tokens:
             needs.discard("cls_query")
-        with self._session.clock("method"):
+        with self._context.choosing():
             for name, value in encoder_signals(self._family, encoding, needs, query, key, scaling):
                 encoding.between.setdefault(name, []).append(value)
 

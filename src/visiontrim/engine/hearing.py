@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,13 +21,11 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Decoding, Step
 from visiontrim.core.view import Sides, Text
 from visiontrim.engine.cache import chunk_mask
-from visiontrim.engine.call import Attended, Prefill
+from visiontrim.engine.context import Context
+from visiontrim.engine.forward import Attended, Prefill
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
-
-if TYPE_CHECKING:
-    from visiontrim.engine.session import Session
 
 _OF_THE_LAYER_PASSED = {"last_attention", "text_attention", "queries", "keys"}
 _TWO_SIDED = ("normed", "queries", "keys", "rotary")
@@ -43,10 +41,10 @@ class _Heard(Exception):  # noqa: N818  # no error: it ends a look ahead
 class Hearing:
     """Listens to the decoder layers around the steps, and keeps what their views will show."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], decoding: Decoding | None, session: Session) -> None:
+    def __init__(self, family: Family, steps: Mapping[int, Step], decoding: Decoding | None, context: Context) -> None:
         self._family = family
         self._before_answers = set() if decoding is None else {decoding.layer - 1}
-        self._session = session
+        self._context = context
         self._needs = {layer: step.needs for layer, step in steps.items()}
         self._passed = {layer - 1 for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
         self._coming = {layer for layer, needs in self._needs.items() if "next_attention" in needs}
@@ -61,7 +59,7 @@ class Hearing:
         ]
 
     def _hear(self, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> None:
-        prefill = self._session.forward
+        prefill = self._context.forward
         if not isinstance(prefill, Prefill):
             if prefill is not None and prefill.answers and layer in self._before_answers:
                 prefill.passed = Attended(query, key, scaling)

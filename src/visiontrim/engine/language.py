@@ -8,12 +8,11 @@ and put the last hidden states back to full length on the way out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Positions, Step
@@ -27,8 +26,10 @@ from visiontrim.engine.cache import (
     physical_length,
     trimmed_layer,
 )
-from visiontrim.engine.call import Alive, Call, Forward, Heard, Prefill, Removal
+from visiontrim.engine.call import Call
+from visiontrim.engine.context import Context
 from visiontrim.engine.decoding import DecodingStage
+from visiontrim.engine.forward import Alive, Forward, Heard, Prefill, Removal
 from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.masks import narrowed_mask
 from visiontrim.engine.members import Members
@@ -36,10 +37,8 @@ from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.unmerging import Unmerging
+from visiontrim.engine.upstream import Upstream, given_cache
 from visiontrim.models.family import Family
-
-if TYPE_CHECKING:
-    from visiontrim.engine.session import Session
 
 
 class LanguageStage:
@@ -52,19 +51,20 @@ class LanguageStage:
         decoding: Decoding | None,
         positions: Positions,
         narrow: bool,
-        session: Session,
+        context: Context,
     ) -> None:
         self._family = family
         self._model = family.language_model
+        self._upstream = Upstream(self._model)
         self._steps = steps
         self._compact = positions == "compact"
-        self._members = Members(family, session) if positions == "members" else None
-        self._unmerging = Unmerging(family, steps, session) if positions == "unmerged" else None
+        self._members = Members(family, context) if positions == "members" else None
+        self._unmerging = Unmerging(family, steps, context) if positions == "unmerged" else None
         self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
         """The decoder layer from which on only what the last stage left stays cached."""
-        self._session = session
-        self._hearing = Hearing(family, steps, decoding, session)
-        self._decoding = DecodingStage(family, decoding, steps, session) if decoding is not None else None
+        self._context = context
+        self._hearing = Hearing(family, steps, decoding, context)
+        self._decoding = DecodingStage(family, decoding, steps, context) if decoding is not None else None
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -93,11 +93,11 @@ class LanguageStage:
 
     def _before_masks(self, module, args, kwargs):
         """Give a model that prepares its own masks the padding of the tokens that are left, and keep the caller's."""
-        call, cache, mask = self._session.call, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        call, cache, mask = self._context.call, given_cache(kwargs), kwargs.get("attention_mask")
         if call is None:
             return None
         call.mask, first = mask, trimmed_layer(cache, 0)
-        if first is None:
+        if cache is None or first is None:
             return None
         self._check_plain(mask)
         length = cache.get_seq_length() + kwargs["input_ids"].shape[1]
@@ -108,18 +108,18 @@ class LanguageStage:
             raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
 
     def _enter(self, module, args, kwargs):
-        call, cache = self._session.call, kwargs.get("past_key_values")
+        call, cache = self._context.call, given_cache(kwargs)
         if kwargs.get("inputs_embeds") is None:  # the text model, called by itself
             return None
         call = call if call is not None and call.carries_vision else None
         use_cache = self._model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if call is not None and cache is None and use_cache:
-            cache = kwargs["past_key_values"] = DynamicCache(config=self._model.config)
+            cache = kwargs[self._upstream.cache_name] = self._upstream.new_cache()
         trimmed = cache is not None and any(trimmed_layer(cache, index) for index in range(len(cache.layers)))
         if call is None and not trimmed:
             return None
         self._check_once(cache)
-        forward = self._session.forward = self._forward(call, cache, kwargs)
+        forward = self._context.forward = self._forward(call, cache, kwargs)
         if self._decoding is not None:
             self._decoding.enter(forward)
         first = trimmed_layer(cache, 0)
@@ -134,7 +134,7 @@ class LanguageStage:
 
     def _check_once(self, cache: Cache | None) -> None:
         """Refuse a cache that cannot go on in this run. What one call makes of it needs no look in every step."""
-        call = self._session.call
+        call = self._context.call
         if call is not None and cache is not None and call.checked is cache:
             return
         self._check_stages(cache)
@@ -160,8 +160,8 @@ class LanguageStage:
         embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
         past = cache.get_seq_length() if cache is not None else 0
-        if self._family.bidirectional and self._session.call is not None:
-            mask = self._session.call.mask
+        if self._family.bidirectional and self._context.call is not None:
+            mask = self._context.call.mask
         self._check_plain(mask)
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
@@ -232,7 +232,7 @@ class LanguageStage:
 
     def _add_features(self, add: Callable, hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
         """DeepStack: ``features`` are added to the tokens at ``places`` [batch, length], now to those that are left."""
-        prefill: Forward | None = self._session.forward
+        prefill: Forward | None = self._context.forward
         if not isinstance(prefill, Prefill) or not prefill.removals:
             return add(hidden, places, features)
         origin, valid = prefill.alive.origin, prefill.alive.valid
@@ -242,7 +242,7 @@ class LanguageStage:
 
     def _layer_hook(self, layer: int):
         def hook(module, args, kwargs):
-            forward: Forward | None = self._session.forward
+            forward: Forward | None = self._context.forward
             if forward is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -267,7 +267,7 @@ class LanguageStage:
         """Select at a language stage, and fix what the layers of its segment get."""
         cache, earlier, index = forward.cache, trimmed_layer(forward.cache, layer), None
         if isinstance(forward, Prefill):
-            with self._session.clock("method"), torch.no_grad():
+            with self._context.choosing():
                 self._hearing.before_step(forward, layer, hidden, args, kwargs)
                 hidden, keep, columns, marks = select_between_layers(
                     forward, self._steps[layer], hidden, len(self._model.layers), self._family.input_norm(layer)
@@ -282,9 +282,7 @@ class LanguageStage:
             mask = earlier.logical_mask(forward.mask, forward.past + forward.length)
         else:  # nothing is missing here
             return hidden
-        forward.overrides["attention_mask"] = create_causal_mask(
-            config=self._model.config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, layer_idx=layer
-        )
+        forward.overrides["attention_mask"] = self._upstream.mask(hidden, mask, cache, layer)
         if self._compact:
             positions = self._positions(forward, layer)
             forward.overrides["position_embeddings"] = self._model.rotary_emb(hidden, position_ids=positions)
@@ -296,14 +294,14 @@ class LanguageStage:
         return hidden
 
     def _leave(self, module, args, kwargs, output):
-        prefill: Forward | None = self._session.forward
-        self._session.forward = None
+        prefill: Forward | None = self._context.forward
+        self._context.forward = None
         if not isinstance(prefill, Prefill) or output is None:  # None: the forward raised
             return None
         self._note_removals(prefill)
         if self._decoding is not None:
             self._decoding.note(prefill)
-        self._session.finish(self._trace(prefill))
+        self._context.finish(self._trace(prefill))
         if not prefill.removals:
             return None
         alive, labels = prefill.alive, prefill.call.labels
@@ -360,7 +358,7 @@ class LanguageStage:
             widths=tuple(widths),
             attended=tuple(attended),
             cache_lengths=lengths,
-            cache_bytes=0 if cache is None else cache_bytes(cache),
+            cache_bytes=cache_bytes(cache),
         )
 
 

@@ -18,7 +18,7 @@ between the parents.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,14 +26,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from visiontrim.core.errors import TrimError
-from visiontrim.engine.call import Forward, Prefill
+from visiontrim.engine.context import Context
+from visiontrim.engine.forward import Forward, Prefill
 from visiontrim.engine.pack import gather
 from visiontrim.engine.survivors import Survivors, coordinates
 from visiontrim.models.family import Family
 from visiontrim.ops.groups import first_members
-
-if TYPE_CHECKING:
-    from visiontrim.engine.session import Session
 
 MOST = 8
 """Members of a token, at most."""
@@ -81,9 +79,9 @@ def nearest_members(survivors: Survivors, grid: tuple[int, int, int], count: int
 class Members:
     """Hook on the rotary encoding of the language model. Raises :class:`TrimError` where that cannot be cut."""
 
-    def __init__(self, family: Family, session: Session) -> None:
+    def __init__(self, family: Family, context: Context) -> None:
         self._rotary: Any = family.language_model.rotary_emb
-        self._session = session
+        self._context = context
         if not hasattr(self._rotary, "inv_freq"):
             raise TrimError(
                 f"{type(family.model).__name__} has several rotary encodings, and positions='members' needs one: use "
@@ -105,7 +103,7 @@ class Members:
         return self._rotary.register_forward_hook(self._place)
 
     def _place(self, module, args, output):
-        prefill: Forward | None = self._session.forward
+        prefill: Forward | None = self._context.forward
         if not isinstance(prefill, Prefill) or not prefill.removals:
             return None
         return self.rotary(prefill, output[0])

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from visiontrim.engine.call import Call, Encoding, Group, Part
+from visiontrim.engine.call import Call, Encoding
+from visiontrim.engine.groups import Group, Part, Placed
 from visiontrim.models.family import Family
 from visiontrim.models.layout import Segment
-
-
-class Placed(NamedTuple):
-    """Segments of one call of the encoder that are alike, and where they stand among all its placeholders."""
-
-    group: Group
-    tokens: Int[Tensor, "images tokens"]
-    """In raster order."""
-    marks: Int[Tensor, "images marks"]
 
 
 def placed(

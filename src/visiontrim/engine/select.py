@@ -11,7 +11,8 @@ from torch import Tensor
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Step
 from visiontrim.core.view import Keep, View
-from visiontrim.engine.call import Group, Prefill
+from visiontrim.engine.forward import Prefill
+from visiontrim.engine.groups import Group
 from visiontrim.engine.hearing import Signals
 from visiontrim.models.family import Family
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from typing import Any, Literal
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -24,19 +22,18 @@ from visiontrim.core.method import (
     check_order,
 )
 from visiontrim.core.trace import Trace
-from visiontrim.engine.call import Call, Forward
+from visiontrim.engine.call import Call
+from visiontrim.engine.context import Clock, Context
 from visiontrim.engine.encoder import EncoderStage
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.language import LanguageStage
 from visiontrim.engine.memory import Memory
+from visiontrim.engine.upstream import given_cache
 from visiontrim.engine.vision import VisionStage
 from visiontrim.models.family import Family
 
 Per = Literal["image", "tile", "frame"]
 """What a number of tokens is meant for: a whole image or video, each tile of an anyres image, or each frame."""
-
-Clock = Callable[[str], AbstractContextManager]
-"""Gives a context that times what runs in it under a name."""
 
 
 class Session:
@@ -68,10 +65,7 @@ class Session:
     ) -> None:
         self._family = family
         self._questions = questions
-        self.finish = finish
-        self.clock: Clock = clock if clock is not None else lambda name: nullcontext()
-        self._call: ContextVar[Call | None] = ContextVar("visiontrim_call", default=None)
-        self._forward: ContextVar[Forward | None] = ContextVar("visiontrim_forward", default=None)
+        self._context = context = Context(finish, clock)
         inside = family.depth("image") if family.encoder_layers("image") else 0
         whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
         depth = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole)
@@ -82,25 +76,11 @@ class Session:
         steps = (*encoder.values(), *([] if vision is None else [vision]), *language.values())
         apart = any(step.own_counts for step in steps)
         self._stages = (
-            EncoderStage(family, encoder, per, apart, deviation, self),
-            VisionStage(family, vision, per, apart, memory, questions, self),
-            LanguageStage(family, language, decoding, positions, _narrows_cache(method), self),
+            EncoderStage(family, encoder, per, apart, deviation, context),
+            VisionStage(family, vision, per, apart, memory, questions, context),
+            LanguageStage(family, language, decoding, positions, _narrows_cache(method), context),
         )
         self._removers: list = []
-
-    @property
-    def call(self) -> Call | None:
-        """The call in progress in this thread."""
-        return self._call.get()
-
-    @property
-    def forward(self) -> Forward | None:
-        """The pass through the language model in progress in this thread."""
-        return self._forward.get()
-
-    @forward.setter
-    def forward(self, forward: Forward | None) -> None:
-        self._forward.set(forward)
 
     def attach(self) -> None:
         """Install every hook. The model's weights, classes and configuration objects stay as they are."""
@@ -134,7 +114,7 @@ class Session:
                 f"prefill_chunk_size={chunk} shows the method one part of the prompt at a time: use None (removing "
                 "vision tokens shortens the prefill already)"
             )
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
         past = cache.get_seq_length() if cache is not None else 0
         end = ids.shape[1] if mask is None else mask.shape[1]
         if past and end == ids.shape[1]:  # the whole conversation: generate() goes on after what is cached
@@ -146,11 +126,11 @@ class Session:
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
             )
-        token = self._call.set(Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end))
+        self._context.begin(Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end))
         try:
             return generate(*args, **kwargs)
         finally:
-            self._call.reset(token)
+            self._context.end()
 
     def _begin_forward(self, module, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -162,12 +142,12 @@ class Session:
                     "the prompt came as inputs_embeds, in which image placeholders cannot be found: pass input_ids"
                 )
             return None
-        call = self.call
+        call = self._context.call
         if call is None:
             if features:
                 raise TrimError(_FOREIGN_FEATURES)
             call = Call(module, ids, samples=ids.shape[0], forward_ids=ids)
-            self._call.set(call)
+            self._context.begin(call)
         if kwargs.get("pixel_values_videos") is not None and "video" not in self._family.kinds:
             raise TrimError(
                 f"the video tokens of {type(self._family.model).__name__} cannot be told from others: send the frames "
@@ -185,9 +165,9 @@ class Session:
         return args, kwargs | {"labels": call.labels}
 
     def _end_forward(self, module, args, output) -> None:
-        call = self.call
+        call = self._context.call
         if call is not None and call.owner is module:
-            self._call.set(None)
+            self._context.end()
 
 
 def _narrows_cache(method: Method) -> bool:

@@ -14,56 +14,27 @@ What a method dropped instead of merging it is gone in attention, too. This is t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
-from transformers.masking_utils import create_causal_mask
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
 from visiontrim.engine.cache import chunk_mask
-from visiontrim.engine.call import Alive, Forward, Prefill
+from visiontrim.engine.context import Context
+from visiontrim.engine.forward import Alive, Forward, Prefill, Repeated
 from visiontrim.engine.pack import gather, pack_left
+from visiontrim.engine.upstream import causal_mask
 from visiontrim.models.family import Family
-
-if TYPE_CHECKING:
-    from visiontrim.engine.session import Session
-
-
-@dataclass
-class Repeated:
-    """How the attention of a prefill sees the tokens that are left."""
-
-    alive: Alive
-    """The tokens of the uncompressed chunk that went somewhere, as a left-padded batch."""
-    places: Int[Tensor, "batch repeated"]
-    """Which of the tokens that are left each of them went to."""
-    mask: Any
-    """What attention gets as its mask."""
-    few: Tensor | None = None
-    """What entered the attention of the current layer, [batch, left, dim], ..."""
-    many: Tensor | None = None
-    """... and its rows repeated."""
-
-    def mean(self, rows: Float[Tensor, "batch repeated dim"], left: int) -> Float[Tensor, "batch left dim"]:
-        """Mean of the rows of each of the tokens that are ``left``; zeros for padding."""
-        owner = torch.where(self.alive.valid, self.places, left)  # the last one: padding
-        total = torch.zeros(len(rows), left + 1, rows.shape[-1], device=rows.device)
-        total.scatter_add_(1, owner[..., None].expand_as(rows), rows.float())
-        count = torch.zeros(len(rows), left + 1, device=rows.device)
-        count.scatter_add_(1, owner, torch.ones_like(owner, dtype=count.dtype))
-        return (total / count.clamp_min(1)[..., None])[:, :-1].to(rows.dtype)
 
 
 class Unmerging:
     """Hooks on the attention of every decoder layer. Raises :class:`TrimError` where that cannot work."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], session: Session) -> None:
-        self._session = session
+    def __init__(self, family: Family, steps: Mapping[int, Step], context: Context) -> None:
+        self._context = context
         self._config = family.language_model.config
         self._attentions = [family.decoder_attention(layer) for layer in range(len(family.language_model.layers))]
         name = type(family.model).__name__
@@ -114,17 +85,17 @@ class Unmerging:
             places[rows[:, None], whole] = torch.where(group.now.assignment >= 0, went_to, -1)
         places = places[:, :-1]
         index, valid = pack_left(places >= 0)
-        mask = create_causal_mask(
-            config=self._config,
-            inputs_embeds=embeds[:, :1].expand(-1, index.shape[1], -1),  # only their shape counts
-            attention_mask=chunk_mask(prefill.cache, 0, prefill.past_mask, prefill.past, valid),
-            past_key_values=prefill.cache,
-            layer_idx=0,
+        mask = causal_mask(
+            self._config,
+            embeds[:, :1].expand(-1, index.shape[1], -1),  # only their shape counts
+            chunk_mask(prefill.cache, 0, prefill.past_mask, prefill.past, valid),
+            prefill.cache,
+            0,
         )
         return Repeated(Alive(index, valid, [], []), gather(places, index).clamp_min(0), mask)
 
     def _current(self) -> Repeated | None:
-        forward: Forward | None = self._session.forward
+        forward: Forward | None = self._context.forward
         return forward.repeated if isinstance(forward, Prefill) else None
 
     def _enter(self, module, args, kwargs):

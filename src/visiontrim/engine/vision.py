@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,9 @@ from torch import Tensor
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
 from visiontrim.core.view import Signal, SignalName, View
-from visiontrim.engine.call import Call, Encoding, Group, Selected
+from visiontrim.engine.call import Call, Encoding, Selected
+from visiontrim.engine.context import Context
+from visiontrim.engine.groups import Group
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.memory import Memory
 from visiontrim.engine.pack import mark_empty, to_slots
@@ -26,9 +28,6 @@ from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import checked_select
 from visiontrim.engine.signals import encoder_signals, of_placeholders
 from visiontrim.models.family import Family, Kind
-
-if TYPE_CHECKING:
-    from visiontrim.engine.session import Session
 
 HEARD = ("cls_attention", "cls_attention_wide", "received_attention", "column_attention", "encoder_keys")
 """Signals that come from an attention module of the encoder."""
@@ -49,7 +48,7 @@ class VisionStage:
         apart: bool,
         memory: Memory | None,
         questions: Questions,
-        session: Session,
+        context: Context,
     ) -> None:
         self._family = family
         self._step = step
@@ -58,7 +57,7 @@ class VisionStage:
         self._memory = memory
         self._needs: frozenset[Signal] = step.needs if step is not None else frozenset()
         self._questions = questions
-        self._session = session
+        self._context = context
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -98,7 +97,7 @@ class VisionStage:
         return modules
 
     def _encode(self, kind: Kind, encode: Callable, *args, **kwargs):
-        call, family = self._session.call, self._family
+        call, family = self._context.call, self._family
         if call is None or call.encoding is not None:  # the model's video function may call the one for images
             return encode(*args, **kwargs)
         bound = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
@@ -130,13 +129,13 @@ class VisionStage:
         return output
 
     def _remember(self, memory: Memory, encode: Callable, *args, **kwargs):
-        call: Call | None = self._session.call
+        call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return encode(*args, **kwargs)
         return memory.encode(encode, call.encoding, args, kwargs)
 
     def _before_projector(self, module, args):
-        call: Call | None = self._session.call
+        call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return None
         (features,) = args
@@ -147,7 +146,7 @@ class VisionStage:
         return args if call.encoding.selected is None else (call.encoding.selected.features[None],)
 
     def _after_projector(self, module, args, output):
-        call: Call | None = self._session.call
+        call: Call | None = self._context.call
         if call is None or call.encoding is None or call.encoding.selected is None:
             return None
         kept = call.encoding.selected
@@ -158,15 +157,15 @@ class VisionStage:
         return to_slots(output, kept.slots[None], kept.shape.numel()).view(*kept.shape, -1)
 
     def _after_encoder(self, module, args, output) -> None:
-        call: Call | None = self._session.call
+        call: Call | None = self._context.call
         if call is not None and call.encoding is not None:
             call.encoding.last_hidden = output.last_hidden_state
 
     def _hear(self, signals: list[Signal], query: Tensor, key: Tensor, scaling: float | None) -> None:
-        call: Call | None = self._session.call
+        call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return
-        with self._session.clock("method"):
+        with self._context.choosing():
             for signal, value in encoder_signals(self._family, call.encoding, signals, query, key, scaling):
                 call.encoding.heard.setdefault(signal, []).append(value)
 
@@ -182,7 +181,7 @@ class VisionStage:
         if step is None and inside is None:
             call.groups += [group for group, _, _ in segments]
             return None
-        with self._session.clock("method"), torch.no_grad():
+        with self._context.choosing():
             signals = of_placeholders(family, encoding)
         slots, values, blank, projected, rows = [], [], [], [], 0
         for number, (old, index, marks) in enumerate(segments):
@@ -193,7 +192,7 @@ class VisionStage:
                 group = old = replace(old, now=now, history=history)
                 at, index = at.gather(1, now.index), index.gather(1, now.index)
             if step is not None:
-                with self._session.clock("method"), torch.no_grad():
+                with self._context.choosing():
                     here: dict[Signal, Tensor] = {signal: value[index] for signal, value in signals.items()}
                     keep = checked_select(step, self._view(call, encoding, old, features[at], at, here))
                 group, merged = old.after(keep, step.site), keep.features

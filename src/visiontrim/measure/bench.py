@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedModel
 
 from visiontrim.core.method import Method
 from visiontrim.engine.cache import cache_bytes
+from visiontrim.engine.upstream import given_cache
 from visiontrim.measure.clock import Clock
 from visiontrim.measure.ideal import Ideal
 from visiontrim.measure.memory import peak_bytes
@@ -94,7 +95,7 @@ def bench(subject: Subject, methods: Sequence[Method], load: Load) -> list[dict[
             clock = Clock(model, timer)
             with torch.inference_mode(), way.opened(clock), clock:
                 output = model.generate(**way.inputs, **options, return_dict_in_generate=True)
-            kept[way.name] = cache_bytes(output.past_key_values)
+            kept[way.name] = cache_bytes(given_cache(output))
             if turn >= load.warmup:
                 seconds = clock.seconds
                 seconds["decode"] /= max(load.answer - 1, 1)

@@ -1,0 +1,87 @@
+"""What the stages of a run share: the call and the pass in progress in this thread, the clock, and where traces go.
+
+It knows who is inside the model at the moment; it knows nothing of models, hooks and methods.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+
+from visiontrim.core.errors import TrimError
+from visiontrim.core.trace import Trace
+from visiontrim.engine.call import Call
+from visiontrim.engine.forward import Forward
+
+Clock = Callable[[str], AbstractContextManager]
+"""Gives a context that times what runs in it under a name."""
+
+
+class Context:
+    """State of a run that is open. That of a call lives in context variables, so threads do not mix.
+
+    Args:
+        finish: called with the trace of every prefill that held images.
+        clock: times the method's own work under the name "method".
+    """
+
+    def __init__(self, finish: Callable[[Trace], None], clock: Clock | None = None) -> None:
+        self.finish = finish
+        self._clock: Clock = clock if clock is not None else lambda name: nullcontext()
+        self._call: ContextVar[Call | None] = ContextVar("visiontrim_call", default=None)
+        self._forward: ContextVar[Forward | None] = ContextVar("visiontrim_forward", default=None)
+        self._idle = threading.Condition()
+        self._inside = 0
+        """Calls in progress in all threads."""
+
+    @property
+    def call(self) -> Call | None:
+        """The call in progress in this thread."""
+        return self._call.get()
+
+    @property
+    def forward(self) -> Forward | None:
+        """The pass through the language model in progress in this thread."""
+        return self._forward.get()
+
+    @forward.setter
+    def forward(self, forward: Forward | None) -> None:
+        self._forward.set(forward)
+
+    def begin(self, call: Call) -> None:
+        """``call`` is in progress in this thread from now on."""
+        call.outer = self.call
+        self._call.set(call)
+        with self._idle:
+            self._inside += 1
+
+    def end(self) -> None:
+        """The call in progress in this thread is over, and goes on with the one around it."""
+        call = self.call
+        self._call.set(None if call is None else call.outer)
+        with self._idle:
+            self._inside -= 1
+            self._idle.notify_all()
+
+    def wait(self) -> None:
+        """Wait until no call is in progress in any thread.
+
+        Raises :class:`TrimError` within a call, which would wait for itself.
+        """
+        if self.call is not None:
+            raise TrimError(
+                "the run cannot be left from within a call of its model (by a streamer, a stopping criterion, a hook), "
+                "whose next step would not know what its cache lacks: leave it when the call has returned"
+            )
+        with self._idle:
+            self._idle.wait_for(lambda: not self._inside)
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """The method's own work: timed, and without gradients."""
+        with self._clock("method"), torch.no_grad():
+            yield

@@ -1,0 +1,176 @@
+"""State of one pass through the language model, thrown away at its end.
+
+It knows which tokens of the chunk are left and what layers showed of them; it changes nothing in a model or a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from visiontrim.core.errors import TrimError
+from visiontrim.engine.call import Call
+from visiontrim.engine.groups import Group
+from visiontrim.engine.pack import gather, pack_left
+
+
+@dataclass
+class Alive:
+    """The tokens of a forward that are still there, as a left-padded batch."""
+
+    origin: Int[Tensor, "batch tokens"]
+    """Place of each token in the uncompressed chunk."""
+    valid: Bool[Tensor, "batch tokens"]
+    """False marks padding."""
+    columns: list[Int[Tensor, "images kept"]]
+    """For every group the places, in this batch, of its images' tokens."""
+    marks: list[Int[Tensor, "images marks"]]
+    """The same for tokens without a place on the grid."""
+
+    def narrowed(
+        self, keep: Bool[Tensor, "batch tokens"], columns: list[Tensor], marks: list[Tensor], rows: list[Tensor]
+    ) -> tuple[Int[Tensor, "batch kept"], Alive]:
+        """Drop what ``keep`` does not say; ``columns`` and ``marks`` are the old places of what survives of images."""
+        keep = keep & self.valid
+        index, valid = pack_left(keep)
+        if not index.shape[1]:
+            raise TrimError("the prompt consists of images alone, and none of their tokens would be left: add text")
+        place = keep.cumsum(1) - 1 + (index.shape[1] - keep.sum(1, keepdim=True))
+        columns, marks = (
+            [place[row[:, None], old] for row, old in zip(rows, group, strict=True)] for group in (columns, marks)
+        )
+        return index, Alive(gather(self.origin, index), valid, columns, marks)
+
+    def within(self, earlier: Alive, length: int) -> Int[Tensor, "batch tokens"]:
+        """Places in ``earlier``, a batch of the same chunk of ``length`` tokens, of those that are still there."""
+        place = torch.zeros(len(earlier.valid), length + 1, dtype=torch.long, device=earlier.origin.device)
+        at = torch.where(earlier.valid, earlier.origin, length)  # padding has no place of its own
+        place.scatter_(1, at, torch.arange(at.shape[1], device=at.device).expand_as(at))
+        return place.gather(1, self.origin)
+
+
+@dataclass
+class Removal:
+    """From decoder layer ``start`` on, only ``alive`` is left of the chunk."""
+
+    start: int
+    alive: Alive
+
+
+class Attended(NamedTuple):
+    """What the attention function of a decoder layer got."""
+
+    query: Float[Tensor, "batch heads width dim"]
+    key: Float[Tensor, "batch kv_heads keys dim"]
+    """The cached keys of earlier turns come first."""
+    scaling: float | None
+
+
+@dataclass
+class Heard:
+    """What the language model showed on the way, for the next step to see (:mod:`.hearing`)."""
+
+    passed: Attended | None = None
+    """The layer just passed."""
+    coming: Attended | None = None
+    """The layer to come."""
+    ahead: bool = False
+    """The layer to come is being asked, and must stop once it was heard."""
+    previous: Tensor | None = None
+    """Hidden states [batch, width, dim] that entered the layer just passed."""
+    normed: Tensor | None = None
+    """Hidden states [batch, width, dim] after the final norm."""
+    rotary: Tensor | None = None
+    """Cosines and sines [batch, width, 2 dim]."""
+    embeddings: Tensor | None = None
+    """Input embeddings [batch, length, dim] of the uncompressed chunk."""
+
+
+@dataclass
+class Repeated:
+    """How the attention of a prefill sees the tokens that are left."""
+
+    alive: Alive
+    """The tokens of the uncompressed chunk that went somewhere, as a left-padded batch."""
+    places: Int[Tensor, "batch repeated"]
+    """Which of the tokens that are left each of them went to."""
+    mask: Any
+    """What attention gets as its mask."""
+    few: Tensor | None = None
+    """What entered the attention of the current layer, [batch, left, dim], ..."""
+    many: Tensor | None = None
+    """... and its rows repeated."""
+
+    def mean(self, rows: Float[Tensor, "batch repeated dim"], left: int) -> Float[Tensor, "batch left dim"]:
+        """Mean of the rows of each of the tokens that are ``left``; zeros for padding."""
+        owner = torch.where(self.alive.valid, self.places, left)  # the last one: padding
+        total = torch.zeros(len(rows), left + 1, rows.shape[-1], device=rows.device)
+        total.scatter_add_(1, owner[..., None].expand_as(rows), rows.float())
+        count = torch.zeros(len(rows), left + 1, device=rows.device)
+        count.scatter_add_(1, owner, torch.ones_like(owner, dtype=count.dtype))
+        return (total / count.clamp_min(1)[..., None])[:, :-1].to(rows.dtype)
+
+
+@dataclass
+class Forward:
+    """One pass through the language model on a cache that lacks tokens."""
+
+    cache: Cache | None
+    mask: Tensor | None
+    """The logical key mask [batch, past + length] that the caller gave; None: no padding."""
+    length: int
+    """Tokens of the uncompressed chunk."""
+    past: int
+    """Logical tokens in the cache before."""
+    positions: Tensor
+    """Logical position ids of the chunk, [batch or 1, length] or [channels, batch, length]."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """What decoder layers get from here on instead of the model's own keyword arguments."""
+    answers: bool = False
+    """Whether it is a step of decoding that sees a part of the cache."""
+    passed: Attended | None = None
+    """What the layer before that step's choice got."""
+
+    @property
+    def past_mask(self) -> Tensor | None:
+        """The mask of what the cache held before."""
+        return None if self.mask is None else self.mask[:, : self.past]
+
+
+@dataclass
+class Prefill(Forward):
+    """A pass that carries images, so that tokens are removed in it."""
+
+    call: Call = field(kw_only=True)
+    alive: Alive = field(kw_only=True)
+    """What is left of the chunk."""
+    chunk_valid: Bool[Tensor, "batch length"] = field(kw_only=True)
+    """Which tokens of the uncompressed chunk are no padding."""
+    groups: list[Group] = field(default_factory=list)
+    """The segments of all rows, beams included."""
+    rows: list[Int[Tensor, " images"]] = field(default_factory=list)
+    """For every group the batch rows of its images."""
+    entered: list[Int[Tensor, "images entered"]] = field(default_factory=list)
+    """For every group the places, in the uncompressed chunk, of the tokens that entered the language model."""
+    whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
+    """For every group the places, in the uncompressed chunk, of all of its tokens."""
+    removals: list[Removal] = field(default_factory=list)
+    repeated: Repeated | None = None
+    """How attention sees merged tokens; None: as they are."""
+    heard: Heard = field(default_factory=Heard)
+
+    @property
+    def attended(self) -> Alive:
+        """What attention sees and caches of the chunk."""
+        return self.alive if self.repeated is None else self.repeated.alive
+
+    @property
+    def prompt_end(self) -> int:
+        """Logical end of the prompt; what follows in the chunk are guesses of assisted decoding."""
+        end = self.past + self.length
+        return end if self.call.prompt_end is None else min(end, self.call.prompt_end)

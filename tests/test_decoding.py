@@ -390,7 +390,7 @@ def test_steps_of_several_tokens_are_refused(options, message):
     with vt.trim(model, VIEW) as run:
         with pytest.raises(vt.TrimError, match=message):
             model.generate(**inputs, max_new_tokens=10, do_sample=False, **options)
-        assert run._session.forward is None
+        assert run._session.context.forward is None
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,31 @@ def test_imports_point_downwards(path):
                 assert part in {"engine", "models"}, f"{path.name} imports {name}, an internal of transformers"
 
 
+def test_no_circle_among_files():
+    names = {".".join(("visiontrim", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES}
+    below: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = {target for target in imports(path) if target in names}
+        found |= {target.rpartition(".")[0] for target in imports(path) if target.rpartition(".")[0] in names}
+        below[name] = found
+    while free := {name for name, needs in below.items() if not needs & below.keys()}:
+        below = {name: needs for name, needs in below.items() if name not in free}
+    assert not below, f"import each other in a ring, or stand on one: {', '.join(sorted(below))}"
+
+
+def test_one_room_of_the_engine_knows_transformers():
+    knowing = {
+        path.stem for path in (ROOT / "engine").glob("*.py") if any(n.startswith("transformers") for n in imports(path))
+    }
+    assert knowing == {"upstream"}
+
+
+def test_every_room_of_the_engine_says_what_it_knows():
+    for path in (ROOT / "engine").glob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert path.stem == "__init__" or ("knows" in text and "not" in text), path.name
+
+
 def test_methods_and_ops_know_neither_engine_nor_models():
     for part in ("methods", "ops"):
         for path in (ROOT / part).glob("*.py"):

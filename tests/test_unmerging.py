@@ -17,7 +17,7 @@ import visiontrim as vt
 from families import Prompts
 from releases import CACHE, cache_of
 from tiny import both_attentions, close, generate, llava, prompts
-from visiontrim.engine.call import Prefill
+from visiontrim.engine.forward import Prefill
 from visiontrim.models import family_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -292,7 +292,7 @@ def test_tokens_of_a_group_are_found_by_their_assignment():
     kept = {}
 
     def note(module, args, kwargs):
-        forward = run._session.forward
+        forward = run._session.context.forward
         assert isinstance(forward, Prefill)
         assert forward.repeated is not None
         kept["places"] = forward.repeated.places[0]

@@ -8,186 +8,22 @@ Vision tokens are removed or merged at inference, so prefill, key-value cache an
         out = model.generate(**inputs, max_new_tokens=64)
     print(run.report)
 
-Names are loaded when they are first used, so that ``import visiontrim`` costs nothing.
+Names are listed in ``__init__.pyi`` and loaded when they are first used, so that ``import visiontrim`` costs nothing.
 """
 
-from __future__ import annotations
-
+import ast
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from visiontrim.core.errors import TrimError
-    from visiontrim.core.method import DecoderLayer, Decoding, EncoderLayer, Layers, Method, Plan, Step, VisionOutput
-    from visiontrim.core.registry import list_methods, load_method, register
-    from visiontrim.core.view import Glance, Keep, Text, View
-    from visiontrim.methods import (
-        ADSC,
-        DART,
-        EVS,
-        LUVC,
-        PPE,
-        AvgPool,
-        CDPruner,
-        CrossGET,
-        DivPrune,
-        DyCoke,
-        DyMU,
-        Fade,
-        FasterVLM,
-        FastV,
-        FastVID,
-        FiCoCoL,
-        FiCoCoV,
-        HiPrune,
-        HoliTom,
-        HoliTomInner,
-        MMTok,
-        MustDrop,
-        NoTrim,
-        ParVTS,
-        PixelPrune,
-        PruMerge,
-        PruMergePlus,
-        PruneSID,
-        PyramidDrop,
-        Random,
-        SparseVLM,
-        STGridPool,
-        ToMe,
-        Turbo,
-        Uniform,
-        V2Drop,
-        VidCom2,
-        VisionTrim,
-        VisionZip,
-        VisPruner,
-        VScan,
-    )
-    from visiontrim.models import TextTower
-    from visiontrim.report import Report
-    from visiontrim.run import Run, trim
-
-    __version__: str
+from pathlib import Path
+from typing import Any
 
 _HOMES = {
-    "core.errors": ["TrimError"],
-    "core.method": ["DecoderLayer", "Decoding", "Layers", "EncoderLayer", "Method", "Plan", "Step", "VisionOutput"],
-    "core.registry": ["list_methods", "load_method", "register"],
-    "core.view": ["Glance", "Keep", "Text", "View"],
-    "methods": [
-        "FastVID",
-        "HoliTomInner",
-        "HoliTom",
-        "STGridPool",
-        "VidCom2",
-        "DyCoke",
-        "EVS",
-        "ADSC",
-        "Turbo",
-        "FiCoCoV",
-        "DyMU",
-        "CrossGET",
-        "LUVC",
-        "PPE",
-        "Fade",
-        "ToMe",
-        "AvgPool",
-        "CDPruner",
-        "DART",
-        "DivPrune",
-        "FastV",
-        "FasterVLM",
-        "FiCoCoL",
-        "HiPrune",
-        "MMTok",
-        "MustDrop",
-        "NoTrim",
-        "PruMerge",
-        "PruMergePlus",
-        "PruneSID",
-        "ParVTS",
-        "PixelPrune",
-        "PyramidDrop",
-        "Random",
-        "SparseVLM",
-        "Uniform",
-        "V2Drop",
-        "VScan",
-        "VisPruner",
-        "VisionTrim",
-        "VisionZip",
-    ],
-    "models": ["TextTower"],
-    "report": ["Report"],
-    "run": ["Run", "trim"],
+    name.name: str(node.module)
+    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for name in node.names
 }
-_HOME = {name: f"visiontrim.{module}" for module, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "ADSC",
-    "DART",
-    "EVS",
-    "LUVC",
-    "PPE",
-    "AvgPool",
-    "CDPruner",
-    "CrossGET",
-    "DecoderLayer",
-    "Decoding",
-    "DivPrune",
-    "DyCoke",
-    "DyMU",
-    "EncoderLayer",
-    "Fade",
-    "FastV",
-    "FastVID",
-    "FasterVLM",
-    "FiCoCoL",
-    "FiCoCoV",
-    "Glance",
-    "HiPrune",
-    "HoliTom",
-    "HoliTomInner",
-    "Keep",
-    "Layers",
-    "MMTok",
-    "Method",
-    "MustDrop",
-    "NoTrim",
-    "ParVTS",
-    "PixelPrune",
-    "Plan",
-    "PruMerge",
-    "PruMergePlus",
-    "PruneSID",
-    "PyramidDrop",
-    "Random",
-    "Report",
-    "Run",
-    "STGridPool",
-    "SparseVLM",
-    "Step",
-    "Text",
-    "TextTower",
-    "ToMe",
-    "TrimError",
-    "Turbo",
-    "Uniform",
-    "V2Drop",
-    "VScan",
-    "VidCom2",
-    "View",
-    "VisPruner",
-    "VisionOutput",
-    "VisionTrim",
-    "VisionZip",
-    "__version__",
-    "list_methods",
-    "load_method",
-    "register",
-    "trim",
-]
+__all__ = sorted(_HOMES)  # noqa: PLE0605 # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -195,8 +31,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("visiontrim")
-    elif name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     else:
         raise AttributeError(f"module 'visiontrim' has no attribute {name!r}")
     globals()[name] = value
@@ -204,4 +40,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

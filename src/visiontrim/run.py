@@ -16,10 +16,11 @@ from visiontrim.core.method import Method, Positions, VisionOutput
 from visiontrim.core.registry import load_method
 from visiontrim.core.trace import Trace
 from visiontrim.engine.context import Clock
+from visiontrim.engine.contract import facts
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.session import Per, Session
 from visiontrim.images import as_seen, deviations
-from visiontrim.models.family import Family, family_of, unwrapped
+from visiontrim.models.family import Family, unwrapped
 from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower
 from visiontrim.picture import token_map
 from visiontrim.report import Report
@@ -108,7 +109,7 @@ class Run:
         self.model = unwrapped(model)
         self.method = method
         self._processor = processor
-        self._family = family_of(self.model)
+        self._family = facts(self.model)
         guidance = _guidance(self._family, text_tower, processor)
         if question is not None and _reads_question(method) and guidance is None:
             raise TrimError(

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from visiontrim.core.errors import TrimError
+from visiontrim.engine.upstream import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 @dataclass

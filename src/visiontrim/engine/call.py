@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.view import Signal
 from visiontrim.engine.groups import Group, Placed
 from visiontrim.engine.inside import Inside
+from visiontrim.engine.upstream import Cache
 from visiontrim.models.family import Arguments, Kind
 from visiontrim.models.layout import Visual
 
@@ -84,6 +84,10 @@ class Call:
     """Set while images or videos are encoded."""
     groups: list[Group] = field(default_factory=list)
     """The images that were encoded, in order; those of the next forward that carries vision."""
+    prefilled: bool = False
+    """Whether its images have passed through the language model."""
+    passes: int = 0
+    """Passes through the text model in the forward in progress."""
     checked: Cache | None = None
     """The cache that was found fit to lack tokens."""
     outer: Call | None = None

@@ -26,9 +26,8 @@ from visiontrim.core.method import Decoding, Step
 from visiontrim.core.view import Glance
 from visiontrim.engine.cache import Glanced, TrimmedLayer, make_trimmed, physical_length, trimmed_layer
 from visiontrim.engine.context import Context
-from visiontrim.engine.forward import Forward, Prefill
+from visiontrim.engine.forward import Forward, Prefill, Segment
 from visiontrim.engine.pack import gather, pack_left
-from visiontrim.engine.upstream import causal_mask
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
 
@@ -90,7 +89,7 @@ class DecodingStage:
             places, valid = torch.cat([earlier.places, places], 1), torch.cat([earlier.valid, valid], 1)
         held.glanced = Glanced(places, valid)
 
-    def before_layer(self, forward: Forward, hidden: Float[Tensor, "batch 1 dim"]) -> None:
+    def before_layer(self, forward: Forward) -> None:
         """Choose what this step sees from here on, and mask the rest."""
         held = self._held(forward)
         if not forward.answers or held is None or (glanced := held.glanced) is None:
@@ -105,13 +104,7 @@ class DecodingStage:
                     f"attention to {tuple(attention.shape)} vision tokens: give bool of the same shape"
                 )
             glanced.attention, glanced.shown = attention, shown & glanced.valid
-            forward.overrides["attention_mask"] = causal_mask(
-                self._model.config,
-                hidden,
-                self._visible(forward, held, glanced.valid & ~shown),
-                forward.cache,
-                self.layer,
-            )
+            forward.segment = Segment(self._visible(forward, held, glanced.valid & ~shown))
 
     def _attention(self, forward: Forward) -> Float[Tensor, "batch keys"]:
         """The row of the new token in the layer just passed, mean over heads."""

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
 from visiontrim.engine.call import Call
 from visiontrim.engine.groups import Group
 from visiontrim.engine.pack import gather, pack_left
+from visiontrim.engine.upstream import Cache
 
 
 @dataclass
@@ -31,6 +31,11 @@ class Alive:
     """For every group the places, in this batch, of its images' tokens."""
     marks: list[Int[Tensor, "images marks"]]
     """The same for tokens without a place on the grid."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of every row, padding included."""
+        return self.origin.shape[1]
 
     def narrowed(
         self, keep: Bool[Tensor, "batch tokens"], columns: list[Tensor], marks: list[Tensor], rows: list[Tensor]
@@ -117,6 +122,20 @@ class Repeated:
 
 
 @dataclass
+class Segment:
+    """What the decoder layers from one place on have in common."""
+
+    key_mask: Bool[Tensor, "batch keys"] | None
+    """Keys that may be seen, in logical columns; None: all."""
+    places: Int[Tensor, "batch tokens"] | None = None
+    """Which of the tokens that the text model got each token is; None: all of them, in order."""
+    masks: dict[str, Any] = field(default_factory=dict)
+    """Attention masks made so far, by type of layer."""
+    rotary: tuple[Any, tuple[Tensor, ...]] | None = None
+    """The cosines and sines made last, after what they were made of."""
+
+
+@dataclass
 class Forward:
     """One pass through the language model on a cache that lacks tokens."""
 
@@ -129,8 +148,8 @@ class Forward:
     """Logical tokens in the cache before."""
     positions: Tensor
     """Logical position ids of the chunk, [batch or 1, length] or [channels, batch, length]."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """What decoder layers get from here on instead of the model's own keyword arguments."""
+    segment: Segment | None = None
+    """What decoder layers get from here on; None: the model's own keyword arguments."""
     answers: bool = False
     """Whether it is a step of decoding that sees a part of the cache."""
     passed: Attended | None = None
@@ -151,6 +170,8 @@ class Prefill(Forward):
     """What is left of the chunk."""
     chunk_valid: Bool[Tensor, "batch length"] = field(kw_only=True)
     """Which tokens of the uncompressed chunk are no padding."""
+    held: tuple[int, ...] = field(kw_only=True)
+    """Tokens that every layer of the cache held before."""
     groups: list[Group] = field(default_factory=list)
     """The segments of all rows, beams included."""
     rows: list[Int[Tensor, " images"]] = field(default_factory=list)
@@ -168,6 +189,13 @@ class Prefill(Forward):
     def attended(self) -> Alive:
         """What attention sees and caches of the chunk."""
         return self.alive if self.repeated is None else self.repeated.alive
+
+    def widths(self, layers: int) -> tuple[int, ...]:
+        """Tokens of every row that each of ``layers`` decoder layers processes, padding included."""
+        widths = [self.length] * layers
+        for removal in self.removals:
+            widths[removal.start :] = [removal.alive.width] * (layers - removal.start)
+        return tuple(widths)
 
     @property
     def prompt_end(self) -> int:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Decoding, Step
 from visiontrim.core.view import Sides, Text
 from visiontrim.engine.cache import chunk_mask
 from visiontrim.engine.context import Context
+from visiontrim.engine.contract import check_heard
 from visiontrim.engine.forward import Attended, Prefill
 from visiontrim.engine.probe import AttentionProbe
+from visiontrim.engine.upstream import Cache
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
 
@@ -90,13 +91,15 @@ class Hearing:
     ) -> None:
         """Prepare what the step before ``layer``, which is called with ``args`` and ``kwargs``, asks for."""
         needs = self._needs[layer]
-        kwargs = {key: prefill.overrides.get(key, value) for key, value in kwargs.items()}
         if "normed" in needs:
             prefill.heard.normed = self._family.final_norm(hidden)
         if "rotary" in needs:
             prefill.heard.rotary = _cosines_and_sines(kwargs.get("position_embeddings"), layer)
+        if layer - 1 in self._passed:
+            check_heard(prefill.heard.passed is not None, f"the attention of decoder layer {layer - 1}")
         if "next_attention" in needs:
             self._look_ahead(prefill, layer, args, kwargs)
+            check_heard(prefill.heard.coming is not None, f"the attention of decoder layer {layer}")
 
     def _look_ahead(self, prefill: Prefill, layer: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Let ``layer`` run up to its attention, which shows the queries and keys that it is about to compute.

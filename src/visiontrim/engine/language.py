@@ -16,26 +16,26 @@ from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Positions, Step
-from visiontrim.core.trace import Trace
 from visiontrim.engine.cache import (
-    cache_bytes,
     check_cache,
     check_window,
-    chunk_mask,
-    make_trimmed,
     physical_length,
     trimmed_layer,
 )
 from visiontrim.engine.call import Call
 from visiontrim.engine.context import Context
+from visiontrim.engine.contract import check_cached
 from visiontrim.engine.decoding import DecodingStage
-from visiontrim.engine.forward import Alive, Forward, Heard, Prefill, Removal
+from visiontrim.engine.forward import Alive, Forward, Heard, Prefill
 from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.masks import narrowed_mask
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
+from visiontrim.engine.removals import expected_lengths, note_removals
 from visiontrim.engine.replaced import Replaced
+from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
+from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
 from visiontrim.engine.upstream import Upstream, given_cache
 from visiontrim.models.family import Family
@@ -51,15 +51,17 @@ class LanguageStage:
         decoding: Decoding | None,
         positions: Positions,
         narrow: bool,
+        upstream: Upstream,
         context: Context,
     ) -> None:
         self._family = family
         self._model = family.language_model
-        self._upstream = Upstream(self._model)
+        self._upstream = upstream
         self._steps = steps
         self._compact = positions == "compact"
         self._members = Members(family, context) if positions == "members" else None
-        self._unmerging = Unmerging(family, steps, context) if positions == "unmerged" else None
+        self._segments = Segments(self._upstream, self._compact, self._members)
+        self._unmerging = Unmerging(family, self._upstream, steps, context) if positions == "unmerged" else None
         self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
         """The decoder layer from which on only what the last stage left stays cached."""
         self._context = context
@@ -111,6 +113,8 @@ class LanguageStage:
         call, cache = self._context.call, given_cache(kwargs)
         if kwargs.get("inputs_embeds") is None:  # the text model, called by itself
             return None
+        if call is not None:
+            call.passes += 1
         call = call if call is not None and call.carries_vision else None
         use_cache = self._model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if call is not None and cache is None and use_cache:
@@ -172,7 +176,8 @@ class LanguageStage:
         origin = torch.arange(length, device=embeds.device).expand(batch, -1)
         valid = torch.ones_like(origin, dtype=torch.bool) if mask is None else mask[:, -length:].bool()
         alive = Alive(origin, valid, [], [])
-        prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid)
+        held = tuple(0 if cache is None else physical_length(cache, n) for n in range(len(self._model.layers)))
+        prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid, held=held)
         place_groups(prefill, self._family)
         self._hearing.enter(prefill, embeds)
         return prefill
@@ -190,45 +195,16 @@ class LanguageStage:
         ]
         prefill.entered = columns
         image = self._family.placeholders(prefill.call.forward_ids)
-        index = self._narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
+        index = self._segments.narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
         if self._unmerging is not None:
             prefill.repeated = self._unmerging.repeated(prefill, embeds)
-        kwargs["position_ids"] = self._positions(prefill, 0)
+        kwargs["position_ids"] = self._segments.positions(prefill, 0)
         if self._family.bidirectional:
             alive = prefill.alive
             kwargs["attention_mask"] = narrowed_mask(kwargs.get("attention_mask"), alive.origin, alive.valid)
         else:
-            kwargs["attention_mask"] = self._chunk_mask(prefill, 0)
-
-    def _narrow(self, prefill: Prefill, layer: int, keep: Tensor, columns: list[Tensor], marks: list[Tensor]) -> Tensor:
-        """Drop tokens from decoder layer ``layer`` on; returns the places, before, of what is left."""
-        index, prefill.alive = prefill.alive.narrowed(keep, columns, marks, prefill.rows)
-        prefill.removals.append(Removal(layer, prefill.alive))
-        prefill.overrides["position_ids"] = None  # layers use them for nothing but finding packed sequences
-        return index
-
-    def _chunk_mask(self, prefill: Prefill, layer: int) -> Tensor:
-        return chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, prefill.alive.valid)
-
-    def _positions(self, forward: Forward, layer: int) -> Tensor:
-        """Position ids of what attention sees of the chunk, for decoder layer ``layer``."""
-        positions = forward.positions
-        if isinstance(forward, Prefill):
-            origin = forward.attended.origin
-            if positions.ndim == 3:
-                positions = torch.stack([gather(channel, origin) for channel in positions])
-            else:
-                positions = gather(positions, origin)
-        if not self._compact:
-            return positions
-        earlier = trimmed_layer(forward.cache, layer)
-        if earlier is not None and earlier.shift is not None:
-            positions = positions - earlier.shift[:, None]
-        if isinstance(forward, Prefill):
-            rank_before = gather(forward.chunk_valid.cumsum(1), forward.alive.origin)
-            positions = positions - (rank_before - forward.alive.valid.cumsum(1))
-        return positions
+            kwargs["attention_mask"] = self._segments.key_mask(prefill, 0)
 
     def _add_features(self, add: Callable, hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
         """DeepStack: ``features`` are added to the tokens at ``places`` [batch, length], now to those that are left."""
@@ -247,50 +223,35 @@ class LanguageStage:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             if layer in self._steps:
-                hidden = self._start_segment(forward, layer, hidden, args, kwargs)
+                hidden = self._step(forward, layer, hidden, args, kwargs)
             if isinstance(forward, Prefill):
                 self._hearing.remember(forward, layer, hidden)
             elif self._decoding is not None and layer == self._decoding.layer:
-                self._decoding.before_layer(forward, hidden)
-            if not forward.overrides:
+                self._decoding.before_layer(forward)
+            changed = self._segments.arguments(forward, layer, hidden, kwargs)
+            if not changed:
                 return None
-            kwargs = kwargs | {key: value for key, value in forward.overrides.items() if key in kwargs}
             if args:
-                return (hidden, *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": hidden}
+                return (hidden, *args[1:]), kwargs | changed
+            return args, kwargs | changed | {"hidden_states": hidden}
 
         return hook
 
-    def _start_segment(
-        self, forward: Forward, layer: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Select at a language stage, and fix what the layers of its segment get."""
-        cache, earlier, index = forward.cache, trimmed_layer(forward.cache, layer), None
+    def _step(self, forward: Forward, layer: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Select at a stage between layers, and begin the segment of the layers after it."""
+        index = None
         if isinstance(forward, Prefill):
             with self._context.choosing():
-                self._hearing.before_step(forward, layer, hidden, args, kwargs)
+                given = kwargs | self._segments.arguments(forward, layer, hidden, kwargs)
+                self._hearing.before_step(forward, layer, hidden, args, given)
                 hidden, keep, columns, marks = select_between_layers(
                     forward, self._steps[layer], hidden, len(self._model.layers), self._family.input_norm(layer)
                 )
                 forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:
-                index = self._narrow(forward, layer, keep, columns, marks)
+                index = self._segments.narrow(forward, layer, keep, columns, marks)
                 hidden = gather(hidden, index)
-        if isinstance(forward, Prefill) and forward.removals:
-            mask = self._chunk_mask(forward, layer)
-        elif earlier is not None:
-            mask = earlier.logical_mask(forward.mask, forward.past + forward.length)
-        else:  # nothing is missing here
-            return hidden
-        forward.overrides["attention_mask"] = self._upstream.mask(hidden, mask, cache, layer)
-        if self._compact:
-            positions = self._positions(forward, layer)
-            forward.overrides["position_embeddings"] = self._model.rotary_emb(hidden, position_ids=positions)
-        elif isinstance(forward, Prefill) and self._members is not None:
-            forward.overrides["position_embeddings"] = self._members.rotary(forward, hidden)
-        elif index is not None:
-            rotary = forward.overrides.get("position_embeddings", kwargs["position_embeddings"])
-            forward.overrides["position_embeddings"] = tuple(_gather_rotary(part, index) for part in rotary)
+        self._segments.begin(forward, layer, index)
         return hidden
 
     def _leave(self, module, args, kwargs, output):
@@ -298,10 +259,13 @@ class LanguageStage:
         self._context.forward = None
         if not isinstance(prefill, Prefill) or output is None:  # None: the forward raised
             return None
-        self._note_removals(prefill)
+        layers = len(self._model.layers)
+        note_removals(prefill, layers, self._narrow_from, self._compact)
+        check_cached(prefill, output, expected_lengths(prefill, layers, self._narrow_from))
+        prefill.call.prefilled = True
         if self._decoding is not None:
             self._decoding.note(prefill)
-        self._context.finish(self._trace(prefill))
+        self._context.finish(trace_of(prefill, layers))
         if not prefill.removals:
             return None
         alive, labels = prefill.alive, prefill.call.labels
@@ -310,60 +274,3 @@ class LanguageStage:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
-
-    def _note_removals(self, prefill: Prefill) -> None:
-        """Tell every cache layer which of its tokens are missing."""
-        cache = prefill.cache
-        if cache is None or not prefill.removals:
-            return
-        ends = [removal.start for removal in prefill.removals[1:]] + [len(self._model.layers)]
-        for removal, end in zip(prefill.removals, ends, strict=True):
-            attended = removal.alive if prefill.repeated is None else prefill.repeated.alive
-            valid = attended.valid
-            padded = not bool(valid.all())
-            for index in range(removal.start, end):
-                shift, mask, left = None, None, valid
-                layer = make_trimmed(cache, index)
-                if index >= self._narrow_from:
-                    left = prefill.alive.valid
-                    layer.narrow(prefill.alive.within(removal.alive, prefill.length), valid.shape[1])
-                if padded or prefill.past:
-                    mask = chunk_mask(cache, index, prefill.past_mask, prefill.past, left)
-                if self._compact:
-                    shift = prefill.chunk_valid.sum(1) - valid.sum(1)
-                    shift = shift if layer.shift is None else shift + layer.shift
-                layer.note_removal(prefill.length - left.shape[1], prefill.prompt_end, mask, shift)
-
-    def _trace(self, prefill: Prefill) -> Trace:
-        cache, layers = prefill.cache, len(self._model.layers)
-        batch = prefill.alive.origin.shape[0]
-        copies = batch // prefill.call.samples
-        images = sorted(
-            (row, group.numbers[image], group.part.before, place, image)
-            for place, group in enumerate(prefill.groups)
-            for image, row in enumerate(group.rows)
-            if row % copies == 0
-        )
-        widths = [prefill.length] * layers
-        for removal in prefill.removals:
-            widths[removal.start :] = [removal.alive.origin.shape[1]] * (layers - removal.start)
-        attended = widths if prefill.repeated is None else [prefill.repeated.alive.origin.shape[1]] * layers
-        lengths = () if cache is None else tuple(physical_length(cache, index) for index in range(layers))
-        return Trace(
-            images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, _, _, n, image in images),
-            batch=batch,
-            copies=copies,
-            length=prefill.length,
-            past=prefill.past,
-            widths=tuple(widths),
-            attended=tuple(attended),
-            cache_lengths=lengths,
-            cache_bytes=cache_bytes(cache),
-        )
-
-
-def _gather_rotary(part: Tensor, index: Tensor) -> Tensor:
-    """Cosines or sines [batch or 1, tokens, dim], or [axes, batch, tokens, dim], of the tokens at ``index``."""
-    if part.ndim == 4:
-        return torch.stack([gather(axis, index) for axis in part])
-    return gather(part, index)

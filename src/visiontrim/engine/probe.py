@@ -2,20 +2,20 @@
 
 transformers lets a name select the attention function of a module through the module's config. The probed module, and
 only it, gets a shallow copy of its config with a name registered here; the function of that name shows queries and
-keys to the module's listener and then calls the original implementation.
+keys to the module's listener and then calls the original implementation. It knows queries, keys and their scaling; it
+does not know what a listener makes of them.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from visiontrim.engine.upstream import attention_function, implementation, register_attention, with_implementation
 
 Listener = Callable[[Tensor, Tensor, float | None], None]
 """Called with the queries [B, heads, Q, d], the keys [B, key-value heads, K, d] and the scaling of each forward."""
@@ -29,14 +29,11 @@ class AttentionProbe:
     def __init__(self, module: nn.Module, listener: Listener) -> None:
         self._module: Any = module
         self._config: Any = module.config
-        base = self._config._attn_implementation or "eager"
+        base = implementation(module)
         # the base name stays inside: transformers looks for "flash" in the name of an implementation
         name = f"visiontrim_probe::{base}"
-        if name not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(name, _audible(base))
-        config = copy.copy(self._config)
-        config._attn_implementation_internal = name
-        self._module.config = config
+        register_attention(name, _audible(base))
+        self._module.config = with_implementation(self._config, name)
         _listeners[module] = listener
 
     def remove(self) -> None:
@@ -48,10 +45,6 @@ def _audible(base: str) -> Callable:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
         with torch.no_grad():
             _listeners[module](query, key, kwargs.get("scaling"))
-        if base == "eager":  # eager is each modeling file's own function, with its own soft caps and sinks
-            function = importlib.import_module(type(module).__module__).eager_attention_forward
-        else:
-            function = ALL_ATTENTION_FUNCTIONS[base]
-        return function(module, query, key, value, attention_mask, **kwargs)
+        return attention_function(module, base)(module, query, key, value, attention_mask, **kwargs)
 
     return attention

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
-
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from typing import Literal
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import (
@@ -24,11 +21,20 @@ from visiontrim.core.method import (
 from visiontrim.core.trace import Trace
 from visiontrim.engine.call import Call
 from visiontrim.engine.context import Clock, Context
+from visiontrim.engine.contract import check_arguments, check_passed
 from visiontrim.engine.encoder import EncoderStage
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.language import LanguageStage
 from visiontrim.engine.memory import Memory
-from visiontrim.engine.upstream import given_cache
+from visiontrim.engine.replaced import Replaced
+from visiontrim.engine.upstream import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    Upstream,
+    given_cache,
+    given_features,
+    given_pixels,
+)
 from visiontrim.engine.vision import VisionStage
 from visiontrim.models.family import Family
 
@@ -65,41 +71,41 @@ class Session:
     ) -> None:
         self._family = family
         self._questions = questions
-        self._context = context = Context(finish, clock)
+        self.context = context = Context(finish, clock)
         inside = family.depth("image") if family.encoder_layers("image") else 0
         whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
         depth = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole)
         encoder, vision, language = _by_site(method, depth)
         decoding = method.decoding
-        _check_layers(family, language, decoding)
+        upstream = Upstream(family.language_model)
+        check_arguments(family, upstream, layers=bool(language) or decoding is not None or positions != "keep")
+        _check_layers(family, upstream, language, decoding)
         memory = Memory(remember, once_each=not encoder) if remember else None
         steps = (*encoder.values(), *([] if vision is None else [vision]), *language.values())
         apart = any(step.own_counts for step in steps)
         self._stages = (
             EncoderStage(family, encoder, per, apart, deviation, context),
             VisionStage(family, vision, per, apart, memory, questions, context),
-            LanguageStage(family, language, decoding, positions, _narrows_cache(method), context),
+            LanguageStage(family, language, decoding, positions, _narrows_cache(method), upstream, context),
         )
         self._removers: list = []
 
     def attach(self) -> None:
         """Install every hook. The model's weights, classes and configuration objects stay as they are."""
         model, core = self._family.model, self._family.core
-        generate = model.generate
         try:
             for module in (model, core):
                 self._removers.append(module.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
                 self._removers.append(module.register_forward_hook(self._end_forward, always_call=True))
             for stage in self._stages:
                 self._removers += stage.attach()
-            model.generate = functools.wraps(generate)(functools.partial(self._generate, generate))
+            self._removers.append(Replaced(model, "generate", self._generate))
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Take everything off again."""
-        self._family.model.__dict__.pop("generate", None)
         while self._removers:
             self._removers.pop().remove()
 
@@ -119,41 +125,42 @@ class Session:
         end = ids.shape[1] if mask is None else mask.shape[1]
         if past and end == ids.shape[1]:  # the whole conversation: generate() goes on after what is cached
             ids = ids[:, past:]
-        if kwargs.get("mm_encoder_outputs"):
+        if given_features(kwargs):
             raise TrimError(_FOREIGN_FEATURES)
-        if not _pixels(kwargs) and bool(self._family.placeholders(ids).any()):
+        if not given_pixels(kwargs) and bool(self._family.placeholders(ids).any()):
             raise TrimError(
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
             )
-        self._context.begin(Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end))
+        self.context.begin(Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end))
         try:
             return generate(*args, **kwargs)
         finally:
-            self._context.end()
+            self.context.end()
 
     def _begin_forward(self, module, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)
-        pixels = _pixels(kwargs)
-        features = any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
+        pixels = given_pixels(kwargs)
+        features = given_features(kwargs)
         if ids is None:
             if pixels or features:
                 raise TrimError(
                     "the prompt came as inputs_embeds, in which image placeholders cannot be found: pass input_ids"
                 )
             return None
-        call = self._context.call
+        call = self.context.call
         if call is None:
             if features:
                 raise TrimError(_FOREIGN_FEATURES)
             call = Call(module, ids, samples=ids.shape[0], forward_ids=ids)
-            self._context.begin(call)
+            self.context.begin(call)
         if kwargs.get("pixel_values_videos") is not None and "video" not in self._family.kinds:
             raise TrimError(
                 f"the video tokens of {type(self._family.model).__name__} cannot be told from others: send the frames "
                 "as images, or the video outside of the run"
             )
         call.carries_vision = pixels or features
+        call.passes = 0
         if call.carries_vision:
             call.forward_ids = ids
         if pixels:  # the encoder runs within this forward, on its rows
@@ -165,18 +172,17 @@ class Session:
         return args, kwargs | {"labels": call.labels}
 
     def _end_forward(self, module, args, output) -> None:
-        call = self._context.call
-        if call is not None and call.owner is module:
-            self._context.end()
+        if (call := self.context.call) is None:
+            return
+        if call.owner is module:
+            self.context.end()
+        if output is not None:  # None: the forward raised
+            check_passed(call, module)
 
 
 def _narrows_cache(method: Method) -> bool:
     parts = method.methods if isinstance(method, Plan) else (method,)
     return any(part.narrows_cache for part in parts)
-
-
-def _pixels(kwargs: Mapping[str, Any]) -> bool:
-    return any(value is not None for key, value in kwargs.items() if key.startswith("pixel_values"))
 
 
 _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"
@@ -211,7 +217,7 @@ def _by_site(method: Method, layers: Layers) -> tuple[dict[int, Step], Step | No
     return encoder, vision, language
 
 
-def _check_layers(family: Family, language: Mapping[int, Step], decoding: Decoding | None) -> None:
+def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Step], decoding: Decoding | None) -> None:
     """Refuse decoders whose layers cannot hold fewer tokens, or each their own number of them where that is asked."""
     inside = language.keys() | (set() if decoding is None else {decoding.layer})
     if inside and family.bidirectional:
@@ -220,7 +226,7 @@ def _check_layers(family: Family, language: Mapping[int, Step], decoding: Decodi
             f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
     possible = (DynamicLayer,) if inside else (DynamicLayer, DynamicSlidingWindowLayer)
-    layers = DynamicCache(config=family.language_model.config).layers
+    layers = upstream.new_cache().layers
     if len(layers) < len(family.language_model.layers):
         raise TrimError(
             f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "

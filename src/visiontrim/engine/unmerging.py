@@ -18,7 +18,6 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
@@ -26,16 +25,16 @@ from visiontrim.engine.cache import chunk_mask
 from visiontrim.engine.context import Context
 from visiontrim.engine.forward import Alive, Forward, Prefill, Repeated
 from visiontrim.engine.pack import gather, pack_left
-from visiontrim.engine.upstream import causal_mask
+from visiontrim.engine.upstream import DynamicSlidingWindowLayer, Upstream
 from visiontrim.models.family import Family
 
 
 class Unmerging:
     """Hooks on the attention of every decoder layer. Raises :class:`TrimError` where that cannot work."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], context: Context) -> None:
+    def __init__(self, family: Family, upstream: Upstream, steps: Mapping[int, Step], context: Context) -> None:
         self._context = context
-        self._config = family.language_model.config
+        self._upstream = upstream
         self._attentions = [family.decoder_attention(layer) for layer in range(len(family.language_model.layers))]
         name = type(family.model).__name__
         if steps:
@@ -48,7 +47,7 @@ class Unmerging:
                 f"{name} lets image tokens attend in both directions by a mask of its own, which positions='unmerged' "
                 "cannot widen: use 'keep'"
             )
-        layers = DynamicCache(config=family.language_model.config).layers
+        layers = upstream.new_cache().layers
         if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
             raise TrimError(
                 f"{name} attends in sliding windows, which positions='unmerged' knows nothing of: use 'keep'"
@@ -85,8 +84,7 @@ class Unmerging:
             places[rows[:, None], whole] = torch.where(group.now.assignment >= 0, went_to, -1)
         places = places[:, :-1]
         index, valid = pack_left(places >= 0)
-        mask = causal_mask(
-            self._config,
+        mask = self._upstream.mask(
             embeds[:, :1].expand(-1, index.shape[1], -1),  # only their shape counts
             chunk_mask(prefill.cache, 0, prefill.past_mask, prefill.past, valid),
             prefill.cache,

@@ -1,38 +1,46 @@
 """What differs between releases of transformers: the one room to open when a new release comes out.
 
-Names of arguments and of output fields, functions that make masks and classes of caches are found by looking at
-signatures and classes, once for each model, never by comparing version numbers. It knows transformers and the places of
-a model's parts; it knows nothing of images, of tokens that are missing, and of methods.
+Names of arguments and of output fields, functions that make masks, classes of caches and the way into an attention
+module are found by looking at signatures and classes, once for each model, never by comparing version numbers. The rest
+of the engine takes them from here. It knows transformers and where the parts of a model are; it knows nothing of
+images, of tokens that are missing, and of methods. What is relied on is written down and checked in :mod:`.contract`.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from torch import Tensor, nn
+from transformers import masking_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from visiontrim.core.errors import TrimError
+__all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "Upstream"]
 
+RELEASES = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
+"""What the tests run on (``make matrix``)."""
 CACHE_NAMES = ("cache", "past_key_values")
 """What the key-value cache has been called as an argument and as a field of outputs, the newest name first."""
+FEATURE_NAMES = ("mm_encoder_outputs",)
+"""What the argument has been called in which generate() hands encoded images on; before 5.19 there was none."""
+MASKS = {"full_attention": "create_causal_mask", "sliding_attention": "create_sliding_window_causal_mask"}
+"""By the type of a decoder layer, the function of transformers that makes its attention mask."""
 
 
-def parameters(function: Callable) -> frozenset[str]:
+def parameters(function: Callable) -> tuple[str, ...]:
     """Names that ``function`` declares, whatever decorators are around it."""
-    return frozenset(inspect.signature(function).parameters)
+    return tuple(inspect.signature(function).parameters)
 
 
-def cache_name(function: Callable) -> str:
-    """What ``function`` calls the cache. Raises :class:`TrimError` if it is none of the names known."""
+def cache_name(function: Callable) -> str | None:
+    """What ``function`` calls the cache; None: by no name that is known."""
     declared = parameters(function)
-    for name in CACHE_NAMES:
-        if name in declared:
-            return name
-    raise TrimError(f"{getattr(function, '__qualname__', function)} takes no {' or '.join(CACHE_NAMES)}")
+    return next((name for name in CACHE_NAMES if name in declared), None)
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Cache | None:
@@ -40,17 +48,15 @@ def given_cache(arguments: Mapping[str, Any]) -> Cache | None:
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
-_MASK_CACHE = cache_name(create_causal_mask)
+def given_features(arguments: Mapping[str, Any]) -> bool:
+    """Whether keyword arguments bring images that were encoded before."""
+    given = (arguments.get(name) or {} for name in FEATURE_NAMES)
+    return any(output is not None for outputs in given for output in outputs.values())
 
 
-def causal_mask(config: Any, hidden: Tensor, key_mask: Tensor | None, cache: Cache | None, layer: int) -> Any:
-    """What decoder layer ``layer`` gets as its attention mask, in the form of the model's attention implementation.
-
-    ``hidden`` [batch, queries, dim] is looked at for its shape, dtype and device. ``key_mask`` [batch, keys] is in
-    logical columns (None: no padding).
-    """
-    named: dict[str, Any] = {_MASK_CACHE: cache}
-    return create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=key_mask, layer_idx=layer, **named)
+def given_pixels(arguments: Mapping[str, Any]) -> bool:
+    """Whether keyword arguments bring images or videos that are still to be encoded."""
+    return any(value is not None for name, value in arguments.items() if name.startswith("pixel_values"))
 
 
 class Upstream:
@@ -58,13 +64,66 @@ class Upstream:
 
     def __init__(self, text: Any) -> None:
         self._text = text
-        self.cache_name = cache_name(text.forward)
-        """Argument of the text model's forward, and field of its output."""
+        self._config = text.config
+        self.cache_name = cache_name(type(text).forward) or CACHE_NAMES[0]
+        """Argument of the text model's forward."""
+        kinds = getattr(text.config, "layer_types", None) or ()
+        self.kinds: tuple[str, ...] = tuple(kinds) if kinds else ("full_attention",) * len(text.layers)
+        """Type of every decoder layer, as the configuration has it."""
+
+    @functools.cached_property
+    def mask_functions(self) -> dict[str, Callable | None]:
+        """The functions that make the masks of this model's layers, by name; None where there is none of that name."""
+        names = {MASKS.get(kind, MASKS["full_attention"]) for kind in self.kinds}
+        return {name: getattr(masking_utils, name, None) for name in sorted(names)}
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for the text model."""
-        return DynamicCache(config=self._text.config)
+        return DynamicCache(config=self._config)
 
     def mask(self, hidden: Tensor, key_mask: Tensor | None, cache: Cache | None, layer: int) -> Any:
-        """:func:`causal_mask` of the text model."""
-        return causal_mask(self._text.config, hidden, key_mask, cache, layer)
+        """What decoder layer ``layer`` gets as its attention mask, as the model's attention implementation wants it.
+
+        ``hidden`` [batch, queries, dim] is looked at for its shape, dtype and device. ``key_mask`` [batch, keys] is in
+        logical columns (None: no padding).
+        """
+        make = self.mask_functions[MASKS.get(self.kinds[layer], MASKS["full_attention"])]
+        assert make is not None  # :mod:`.contract` has seen it
+        named = {_mask_cache_name(make): cache}
+        return make(config=self._config, inputs_embeds=hidden, attention_mask=key_mask, layer_idx=layer, **named)
+
+    def rotary(self, hidden: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of ``positions`` for decoder layer ``layer``, in the dtype of ``hidden``."""
+        encoding = self._text.rotary_emb
+        kind = {"layer_type": self.kinds[layer]} if "layer_type" in parameters(type(encoding).forward) else {}
+        return encoding(hidden, position_ids=positions, **kind)
+
+
+@functools.cache
+def _mask_cache_name(make: Callable) -> str:
+    return cache_name(make) or CACHE_NAMES[0]
+
+
+def implementation(module: Any) -> str:
+    """The attention implementation of a module, or of a model, with a configuration."""
+    return module.config._attn_implementation or "eager"
+
+
+def with_implementation(config: Any, name: str) -> Any:
+    """A copy of the configuration ``config`` under which a module takes the attention function ``name``."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = name
+    return config
+
+
+def register_attention(name: str, function: Callable) -> None:
+    """Let configurations name ``function`` as an attention implementation, unless the name is taken already."""
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, function)
+
+
+def attention_function(module: nn.Module, name: str) -> Callable:
+    """What the attention module ``module`` calls under the implementation ``name``."""
+    if name == "eager":  # each modeling file's own function, with its own soft caps and sinks
+        return importlib.import_module(type(module).__module__).eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]

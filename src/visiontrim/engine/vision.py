@@ -18,6 +18,7 @@ from visiontrim.core.method import Step
 from visiontrim.core.view import Signal, SignalName, View
 from visiontrim.engine.call import Call, Encoding, Selected
 from visiontrim.engine.context import Context
+from visiontrim.engine.contract import check_encoded
 from visiontrim.engine.groups import Group
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.memory import Memory
@@ -106,12 +107,7 @@ class VisionStage:
         call.encoding = encoding = Encoding(kind, arguments)
         try:
             output = encode(*args, **kwargs)
-            together = getattr(output, "pooler_output", None)
-            if together is None:
-                raise TrimError(
-                    f"{type(family.core).__name__}.get_{kind}_features gives no pooler_output, in which vision tokens "
-                    "are looked for: use a model class of transformers"
-                )
+            together = check_encoded(output, f"{type(family.core).__name__}.get_{kind}_features")
             parts = [together] if isinstance(together, Tensor) and together.ndim == 2 else list(together)
             lengths = [part.shape[:-1].numel() for part in parts]
             features = torch.cat([part.flatten(0, -2) for part in parts])

@@ -1,0 +1,36 @@
+"""The record of a pass that carried images, once it is over.
+
+It knows what is left of every image and what the cache holds; it changes nothing.
+"""
+
+from __future__ import annotations
+
+from visiontrim.core.trace import Trace
+from visiontrim.engine.cache import cache_bytes, physical_length
+from visiontrim.engine.forward import Prefill
+
+
+def trace_of(prefill: Prefill, layers: int) -> Trace:
+    """The trace of ``prefill`` through ``layers`` decoder layers."""
+    cache = prefill.cache
+    batch = prefill.alive.origin.shape[0]
+    copies = batch // prefill.call.samples
+    images = sorted(
+        (row, group.numbers[image], group.part.before, place, image)
+        for place, group in enumerate(prefill.groups)
+        for image, row in enumerate(group.rows)
+        if row % copies == 0
+    )
+    widths = prefill.widths(layers)
+    attended = widths if prefill.repeated is None else (prefill.attended.width,) * layers
+    return Trace(
+        images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, _, _, n, image in images),
+        batch=batch,
+        copies=copies,
+        length=prefill.length,
+        past=prefill.past,
+        widths=widths,
+        attended=attended,
+        cache_lengths=() if cache is None else tuple(physical_length(cache, index) for index in range(layers)),
+        cache_bytes=cache_bytes(cache),
+    )

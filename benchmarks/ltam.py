@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from visiontrim import Text, View, VisionTrim
+from visiontrim import EncoderSignals, Text, TextSignals, View, VisionTrim
 from visiontrim.ops.affinity import local_affinity
 
 SIDE, DIM, JOINT, WORDS = 24, 1024, 768, 24
@@ -60,9 +60,11 @@ def main() -> None:
         grid=grid,
         entered=SIDE * SIDE,
         num_layers=32,
-        cls_attention=torch.randn(1, SIDE * SIDE).softmax(-1),
-        joint=torch.randn(1, SIDE * SIDE, JOINT),
-        text=Text(torch.randn(1, WORDS, JOINT), torch.ones(1, WORDS, dtype=torch.bool), 100.0),
+        encoder=EncoderSignals(cls_attention=torch.randn(1, SIDE * SIDE).softmax(-1)),
+        text=TextSignals(
+            joint=torch.randn(1, SIDE * SIDE, JOINT),
+            question=Text(torch.randn(1, WORDS, JOINT), torch.ones(1, WORDS, dtype=torch.bool), 100.0),
+        ),
     )
 
     def local() -> torch.Tensor:

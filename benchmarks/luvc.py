@@ -69,7 +69,8 @@ def spu_cost(tokens: int, repeats: int, layers: int = 32) -> dict:
     for step, (_, share) in stages:
         features = torch.randn(1, round(share * tokens), 4096)
         place = torch.zeros(*features.shape[:2], 3).long()
-        views.append((step, vt.View(features, place, (1, side, side), tokens, layers, next_normed=features)))
+        normed = vt.DecoderSignals(next_normed=features)
+        views.append((step, vt.View(features, place, (1, side, side), tokens, layers, decoder=normed)))
     ratios = []
     for _ in range(repeats + 1):
         spent = Spent()

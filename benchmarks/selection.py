@@ -53,10 +53,13 @@ def view(tokens: int, width: int) -> vt.View:
         grid=grid,
         entered=side * side,
         num_layers=28,
-        cls_attention=torch.rand(1, side * side).softmax(-1),
-        received_attention=torch.rand(1, side * side),
-        joint=torch.randn(1, side * side, 768),
-        text=vt.Text(torch.randn(1, WORDS, 768), torch.ones(1, WORDS, dtype=torch.bool), 100.0),
+        encoder=vt.EncoderSignals(
+            cls_attention=torch.rand(1, side * side).softmax(-1), received_attention=torch.rand(1, side * side)
+        ),
+        text=vt.TextSignals(
+            joint=torch.randn(1, side * side, 768),
+            question=vt.Text(torch.randn(1, WORDS, 768), torch.ones(1, WORDS, dtype=torch.bool), 100.0),
+        ),
     )
 
 

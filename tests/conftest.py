@@ -4,7 +4,13 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+import shapes
+
 install_import_hook(["visiontrim.core", "visiontrim.ops"], "shapes.checker")
+
+from visiontrim.core.view import View  # noqa: E402  # after the hook, which checks it
+
+shapes.check_every(View)
 torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
 
 

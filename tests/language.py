@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import visiontrim as vt
+from views import grouped
 from visiontrim.core.method import Layers, Method, Step
-from visiontrim.core.view import Sides, Text
+from visiontrim.core.signals import Sides, Text
 
 generator = torch.Generator()
 
@@ -20,18 +21,21 @@ def seen_by(step: Step, tokens: int = 576, entered: int = 576, num_layers: int =
     """Random vision tokens of width 8, and random values of every signal that ``step`` needs."""
     dim, heads, kv_heads, head_dim, words = 8, 4, 2, 4, 7
     signals: dict = {
-        "last_attention": random(images, tokens),
-        "next_attention": random(images, tokens),
-        "previous": random(images, tokens, dim),
-        "text": Text(random(images, words, dim), torch.ones(images, words, dtype=torch.bool), 1.0),
-        "text_attention": random(images, heads, words, tokens),
-        "embeddings": Sides(random(images, entered, dim, seed=2), random(images, words, dim, seed=3)),
-        "normed": Sides(random(images, tokens, dim, seed=4), random(images, words, dim, seed=5)),
-        "queries": Sides(random(images, heads, tokens, head_dim), random(images, heads, words, head_dim, seed=6)),
-        "keys": Sides(random(images, kv_heads, tokens, head_dim, seed=7), random(images, kv_heads, words, head_dim)),
-        "rotary": Sides(random(images, tokens, 2 * head_dim) + 1, random(images, words, 2 * head_dim) + 1),
+        "decoder.last_attention": random(images, tokens),
+        "decoder.next_attention": random(images, tokens),
+        "decoder.previous": random(images, tokens, dim),
+        "text.question": Text(random(images, words, dim), torch.ones(images, words, dtype=torch.bool), 1.0),
+        "decoder.text_attention": random(images, heads, words, tokens),
+        "decoder.embeddings": Sides(random(images, entered, dim, seed=2), random(images, words, dim, seed=3)),
+        "decoder.normed": Sides(random(images, tokens, dim, seed=4), random(images, words, dim, seed=5)),
+        "decoder.queries": Sides(
+            random(images, heads, tokens, head_dim), random(images, heads, words, head_dim, seed=6)
+        ),
+        "decoder.keys": Sides(
+            random(images, kv_heads, tokens, head_dim, seed=7), random(images, kv_heads, words, head_dim)
+        ),
+        "decoder.rotary": Sides(random(images, tokens, 2 * head_dim) + 1, random(images, words, 2 * head_dim) + 1),
     }
-    fields = {name: signal for name, signal in signals.items() if name in step.needs}
     side = round(entered**0.5)
     return vt.View(
         features=random(images, tokens, dim, seed=1),
@@ -39,7 +43,7 @@ def seen_by(step: Step, tokens: int = 576, entered: int = 576, num_layers: int =
         grid=(1, side, entered // side),
         entered=entered,
         num_layers=num_layers,
-        **fields,
+        **grouped({name: signal for name, signal in signals.items() if name in step.needs}),
     )
 
 

@@ -7,7 +7,9 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from visiontrim.core.view import Keep, Text, View
+from views import grouped, signals_of
+from visiontrim.core.signals import Signal, Text
+from visiontrim.core.view import Keep, View
 from visiontrim.methods import (
     AvgPool,
     CDPruner,
@@ -62,22 +64,29 @@ def make_view(seed=0, grid=(1, 6, 7), batch=2, dim=8, words=5, width=9) -> View:
     mask = torch.ones(batch, words, dtype=torch.bool)
     mask[-1, -1] = False
     ends = F.one_hot(mask.sum(-1) - 1, words).bool()
-    of_layers = {(name, layer): attention() for name in ("cls_attention", "column_attention") for layer in (1, -1)}
+    ranks = ("encoder.cls_attention", "encoder.column_attention")
+    signals: dict[Signal, object] = {(name, layer): attention() for name in ranks for layer in (1, -1)}
+    signals |= {f"encoder.{name}_attention": attention() for name in ("cls", "received", "column")}
+    signals |= {
+        "encoder.keys": noise(batch, 2, total, 4),
+        "encoder.projected": (features @ noise(dim, width) / 8).tanh(),
+    }
+    joint = noise(batch, total, 6)
+    signals |= {
+        "text.joint": joint,
+        "text.joint_normalised": joint,
+        "text.question": Text(noise(batch, words, 6), mask, 14.0, ends),
+        "text.words": Text(noise(batch, words, width), mask, 100.0),
+        ("encoder.keys", -1): noise(batch, 2, total, 4),
+        ("encoder.cls_attention_wide", -1): attention(),
+    }
     return View(
         features=features,
         coordinates=torch.cartesian_prod(*map(torch.arange, grid)).expand(batch, -1, -1),
         grid=grid,
         entered=total,
         num_layers=32,
-        cls_attention=attention(),
-        received_attention=attention(),
-        column_attention=attention(),
-        encoder_keys=noise(batch, 2, total, 4),
-        projected=(features @ noise(dim, width) / 8).tanh(),
-        joint=noise(batch, total, 6),
-        text=Text(noise(batch, words, 6), mask, 14.0, ends),
-        words=Text(noise(batch, words, width), mask, 100.0),
-        at=of_layers | {("encoder_keys", -1): noise(batch, 2, total, 4), ("cls_attention_wide", -1): attention()},
+        **grouped(signals),
     )
 
 
@@ -95,12 +104,11 @@ def rows(view: View, images: list[int]) -> View:
         if isinstance(value, Text):
             ends = None if value.ends is None else value.ends[images]
             return Text(value.tokens[images], value.mask[images], value.scale, ends)
-        if isinstance(value, dict):
-            return {name: pick(part) for name, part in value.items()}
         return value
 
-    fields = {f.name: pick(getattr(view, f.name)) for f in dataclasses.fields(View) if f.name != "grid"}
-    return View(**fields, grid=view.grid)
+    signals = grouped({signal: pick(value) for signal, value in signals_of(view).items()})
+    fields = {f.name: pick(getattr(view, f.name)) for f in dataclasses.fields(View)}
+    return View(**fields | signals)
 
 
 def cosines(values):
@@ -115,5 +123,6 @@ def ranked(scores):
 
 
 def image(view: View, number: int) -> dict[str, torch.Tensor]:
-    names = ("features", "projected", "cls_attention", "column_attention", "encoder_keys")
-    return {name: getattr(view, name)[number].double() for name in names}
+    names = ("projected", "cls_attention", "column_attention", "keys")
+    values = {"features": view.features} | {name: view.encoder[name] for name in names}
+    return {name: value[number].double() for name, value in values.items()}

@@ -29,7 +29,7 @@ def test_pixels_of_the_processor_of_qwen():
     @dataclass(frozen=True)
     class Look(vt.Step):
         name: ClassVar[str] = "look"
-        needs: ClassVar[frozenset] = frozenset({"pixels", "colours"})  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs: ClassVar[frozenset] = frozenset({"encoder.pixels", "encoder.colours"})  # pyright: ignore[reportIncompatibleMethodOverride]
         site: ClassVar[EncoderLayer] = EncoderLayer(0)  # pyright: ignore[reportIncompatibleMethodOverride]
 
         def select(self, view: vt.View) -> vt.Keep:
@@ -40,10 +40,10 @@ def test_pixels_of_the_processor_of_qwen():
         bundle.model(**inputs)
     view, expected = seen["view"], torch.stack(squares_of(levels, 12))
     assert view.grid == (1, 8, 11)
-    restored = ((view.colours[0] + 0.5) * 255).view(88, 3, 2, 2, 6, 6)  # with the mean; patch by patch
+    restored = ((view.encoder.colours[0] + 0.5) * 255).view(88, 3, 2, 2, 6, 6)  # with the mean; patch by patch
     restored = restored.transpose(3, 4).reshape(88, 3, 144)
     close(restored, expected.float(), 1e-3)
-    close(view.colours[0], view.pixels[0] * (64 / 255), 1e-6)
+    close(view.encoder.colours[0], view.encoder.pixels[0] * (64 / 255), 1e-6)
 
 
 def test_a_distance_is_one_of_colours():

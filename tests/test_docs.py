@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -57,7 +58,8 @@ def test_the_methods_of_the_readme_are_all_methods():
 def test_the_method_of_the_contributing_guide(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.syspath_prepend(tmp_path)
-    code, _ = blocks(CONTRIBUTING, "python")
+    choose, code, _ = blocks(CONTRIBUTING, "python")
+    assert textwrap.indent(choose, "    ") in code
     (tmp_path / "contributed_method.py").write_text(code)
     importlib.import_module("contributed_method")
     bundle = zoo.load()
@@ -74,7 +76,7 @@ def test_the_family_of_the_contributing_guide(tmp_path, monkeypatch):
     """It does on a tiny DeepSeek-VL what the generic facts cannot: attention ranks patches, which stand on a grid."""
     monkeypatch.setattr(family, "_registered", dict(family.list_families()))
     monkeypatch.syspath_prepend(tmp_path)
-    _, code = blocks(CONTRIBUTING, "python")
+    *_, code = blocks(CONTRIBUTING, "python")
     assert len(code.splitlines()) < 40
     (tmp_path / "contributed_family.py").write_text(code)
     importlib.import_module("contributed_family")

@@ -46,8 +46,7 @@ class Columns(vt.Step):
         return EncoderLayer(self.layer)
 
     def select(self, view: vt.View) -> vt.Keep:
-        assert view.lattice is not None
-        frames, rows, columns = view.lattice
+        frames, rows, columns = view.encoder.lattice
         mean = view.features.view(len(view.features), -1, 2, view.features.shape[-1]).mean(2)
         pairs = torch.arange(frames * rows * columns // 2).expand(len(mean), -1)
         return vt.Keep(2 * pairs, mean, pairs.repeat_interleave(2, 1), lattice=(frames, rows, columns // 2))
@@ -315,14 +314,14 @@ def test_signals_are_means_over_the_patches_of_a_merged_unit():
     @dataclass(frozen=True)
     class Listener(vt.Step):
         name: ClassVar[str] = "listener"
-        needs: ClassVar[frozenset] = frozenset({"encoder_keys"})  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs: ClassVar[frozenset] = frozenset({"encoder.keys"})  # pyright: ignore[reportIncompatibleMethodOverride]
 
         @property
         def site(self) -> vt.VisionOutput:
             return vt.VisionOutput()
 
         def select(self, view: vt.View) -> vt.Keep:
-            heard.append(view.encoder_keys)
+            heard.append(view.encoder.keys)
             return vt.Keep.everything(view)
 
     heard, seen = [], {}

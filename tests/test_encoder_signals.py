@@ -54,19 +54,18 @@ def layer(attention: str, tower: str, index: int, inputs):
 def test_attention_and_keys_of_any_layer(attention, tower, index):
     """The layer whose output is projected is number 2 of 4."""
     inputs, special = prompts(*ROWS), 1 if tower == "clip" else 0
-    names = ("column_attention", "encoder_keys", "cls_attention")
+    names = [f"encoder.{name}" for name in ("column_attention", "keys", "cls_attention")]
     view = spy(llava(attention, tower=tower), inputs, *(names if index is None else [(name, index) for name in names]))
     hidden, module = layer(attention, tower, 2 if index is None else index % 4, inputs)
     attention_map = module(hidden, attention_mask=None)[1].mean(1)
-    seen = {name: getattr(view, name) if index is None else view.at.get((name, index)) for name in names}
-    close(seen["column_attention"], attention_map.mean(1)[:, special:], 1e-6)
+    close(view.encoder["column_attention", index], attention_map.mean(1)[:, special:], 1e-6)
     keys = module.k_proj(hidden)[:, special:].view(3, tiny.PATCHES, 4, 8).transpose(1, 2)
-    close(seen["encoder_keys"], keys)
+    close(view.encoder["keys", index], keys)
     if special:
-        close(seen["cls_attention"], attention_map[:, 0, 1:], 1e-6)
+        close(view.encoder["cls_attention", index], attention_map[:, 0, 1:], 1e-6)
     else:
-        assert seen["cls_attention"] is None
-        received = view.received_attention if index is None else view.at["received_attention", index]
+        assert ("cls_attention", index) not in view.encoder
+        received = view.encoder["received_attention", index]
         patches = attention_map.clone()
         patches.diagonal(dim1=1, dim2=2).zero_()
         close(received, patches.sum(1) / (tiny.PATCHES - 1), 1e-6)
@@ -74,13 +73,13 @@ def test_attention_and_keys_of_any_layer(attention, tower, index):
 
 def test_attention_of_cls_with_all_heads_as_one():
     inputs = prompts(*ROWS)
-    view = spy(llava(), inputs, ("cls_attention_wide", -1))
+    view = spy(llava(), inputs, ("encoder.cls_attention_wide", -1))
     hidden, module = layer("sdpa", "clip", 3, inputs)
     scores = module.q_proj(hidden)[:, :1] @ module.k_proj(hidden).mT * 32**-0.5
-    close(view.at["cls_attention_wide", -1], scores.softmax(-1)[:, 0, 1:], 1e-6)
+    close(view.encoder["cls_attention_wide", -1], scores.softmax(-1)[:, 0, 1:], 1e-6)
     bare = llava(tower="siglip")
     with (
-        pytest.raises(vt.TrimError, match="does not give the signal 'cls_attention_wide'"),
+        pytest.raises(vt.TrimError, match=r"does not give the signal \('encoder\.cls_attention_wide', -1\)"),
         vt.trim(bare, vt.PruMerge(keep=6, variant="release")),
     ):
         bare(**inputs)
@@ -97,9 +96,8 @@ def test_a_layer_that_is_not_there():
 
 def test_projected_tokens():
     inputs, model = prompts(*ROWS), llava()
-    view = spy(model, inputs, "projected")
-    assert view.projected is not None
-    close(view.projected, model.model.multi_modal_projector(view.features))
+    view = spy(model, inputs, "encoder.projected")
+    close(view.encoder.projected, model.model.multi_modal_projector(view.features))
 
 
 def test_the_question_as_words_and_as_a_summary():
@@ -107,25 +105,29 @@ def test_the_question_as_words_and_as_a_summary():
     picture = torch.rand(1, 3, 192, 192)
     inputs = bundle.processor(text=zoo.PROMPT.format(question=QUESTION), images=picture[0], return_tensors="pt")
     both = {"question": QUESTION, "text_tower": bundle.text_tower, "processor": bundle.processor}
-    view = spy(bundle.model, inputs, "words", "text", "joint_normalised", **both)
+    view = spy(bundle.model, inputs, "text.words", "text.question", "text.joint_normalised", **both)
     ids = bundle.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    assert view.words is not None
-    assert view.words.tokens.equal(bundle.model.get_input_embeddings()(ids))
-    assert view.words.mask.all()
+    assert view.text.words.tokens.equal(bundle.model.get_input_embeddings()(ids))
+    assert view.text.words.mask.all()
     tower = bundle.text_tower.model
     normalised = bundle.model.model.vision_tower.post_layernorm(view.features)
-    close(view.joint, tower.visual_projection(normalised))
+    close(view.text.joint_normalised, tower.visual_projection(normalised))
     ids = bundle.text_tower.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
-    assert view.text is not None
-    close(view.text.tokens[view.text.ends], tower.get_text_features(input_ids=ids).pooler_output)
-    embeddings = spy(bundle.model, inputs, "text", "joint_normalised", question=QUESTION, processor=bundle.processor)
-    assert embeddings.text is not None
-    assert embeddings.text.ends is None
-    close(embeddings.joint, bundle.model.model.multi_modal_projector(view.features))
-    alone = spy(bundle.model, inputs, "words")
-    assert alone.words is None
+    close(view.text.question.tokens[view.text.question.ends], tower.get_text_features(input_ids=ids).pooler_output)
+    embeddings = spy(
+        bundle.model,
+        inputs,
+        "text.question",
+        "text.joint_normalised",
+        question=QUESTION,
+        processor=bundle.processor,
+    )
+    assert embeddings.text.question.ends is None
+    close(embeddings.text.joint_normalised, bundle.model.model.multi_modal_projector(view.features))
+    alone = spy(bundle.model, inputs, "text.words")
+    assert "words" not in alone.text
     with pytest.raises(vt.TrimError, match="pass processor="):
-        spy(bundle.model, inputs, "words", question=QUESTION, text_tower=bundle.text_tower)
+        spy(bundle.model, inputs, "text.words", question=QUESTION, text_tower=bundle.text_tower)
 
 
 def test_every_window_of_a_long_question_has_its_end():
@@ -149,11 +151,12 @@ class AfterTheProjector(vt.Random):
 
     @property
     def needs(self):
-        return frozenset({"projected"})
+        return frozenset({"encoder.projected"})
 
     def select(self, view: vt.View) -> vt.Keep:
         index = super().select(view).index
-        return vt.Keep(index, projected=2 * torch.stack([view.projected[b, row] for b, row in enumerate(index)]))
+        projected = view.encoder.projected
+        return vt.Keep(index, projected=2 * torch.stack([projected[b, row] for b, row in enumerate(index)]))
 
 
 def entering(model, inputs):
@@ -182,7 +185,7 @@ def test_outputs_after_the_projector_enter_the_language_model(keep):
 
 def test_vscan_merges_after_the_projector():
     inputs, model = sample(prompts(*ROWS), 0), llava()
-    projected = spy(model, inputs, "projected").projected[0]
+    projected = spy(model, inputs, "encoder.projected").encoder.projected[0]
     with vt.trim(model, vt.VScan(keep=6, shallow=1, window=2, stages="vision")) as run:
         entered = entering(model, inputs)[0, 4:10]
     index, cosine = run.trace.images[0].stages[0].index.tolist(), cosines(projected)
@@ -204,7 +207,7 @@ def test_methods_in_a_batch_of_images(method, attention):
 
 
 def sees_wide_cls(method: vt.Method) -> bool:
-    return any("cls_attention_wide" in need for need in method.steps()[0].needs if isinstance(need, tuple))
+    return any("encoder.cls_attention_wide" in need for need in method.steps()[0].needs if isinstance(need, tuple))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not sees_wide_cls(method)], ids=str)

@@ -8,7 +8,8 @@ import torch
 from transformers import CLIPModel
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.view import Text, View
+from visiontrim.core.signals import EncoderSignals, Text, TextSignals
+from visiontrim.core.view import View
 from visiontrim.methods import VisionTrim
 from visiontrim.ops.affinity import local_affinity
 from visiontrim.ops.attention import attention_received, attention_rows
@@ -60,10 +61,14 @@ def release(request):
         grid=(1, round(tokens**0.5), round(tokens**0.5)),
         entered=tokens,
         num_layers=32,
-        cls_attention=attention_rows(heads["query"][:, :, :1], heads["key"])[..., 0, 1:].mean(1),
-        received_attention=attention_received(heads["query"], heads["key"], chunk=100),
-        joint=joint,
-        text=Text(text, torch.ones(text.shape[:2], dtype=torch.bool), model.logit_scale.exp().item()),
+        encoder=EncoderSignals(
+            cls_attention=attention_rows(heads["query"][:, :, :1], heads["key"])[..., 0, 1:].mean(1),
+            received_attention=attention_received(heads["query"], heads["key"], chunk=100),
+        ),
+        text=TextSignals(
+            joint=joint,
+            question=Text(text, torch.ones(text.shape[:2], dtype=torch.bool), model.logit_scale.exp().item()),
+        ),
     )
     return case, view
 
@@ -71,14 +76,14 @@ def release(request):
 def test_inputs_of_the_release(release):
     case, view = release
     close(view.features, case["hidden"][:, 1:])
-    close(view.text.tokens, case["text_projection"])
+    close(view.text.question.tokens, case["text_projection"])
 
 
 def test_attention_of_the_release(release):
     """Relative precision: the values themselves are about 1 / N."""
     case, view = release
-    torch.testing.assert_close(view.cls_attention, case["cls_attention"], rtol=1e-4, atol=1e-8)
-    torch.testing.assert_close(view.received_attention, case["received_attention"], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(view.encoder.cls_attention, case["cls_attention"], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(view.encoder.received_attention, case["received_attention"], rtol=1e-4, atol=1e-8)
 
 
 def test_vision_stage_of_the_release(release):

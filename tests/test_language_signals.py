@@ -14,25 +14,11 @@ import tiny
 import visiontrim as vt
 from releases import CACHE
 from tiny import both_attentions, close, every_batch, generate, llava, prompts
-from visiontrim.core.view import Signal
+from visiontrim.core.signals import DecoderSignals, Signal
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-EVERYTHING: frozenset[Signal] = frozenset(
-    {
-        "query",
-        "text",
-        "last_attention",
-        "next_attention",
-        "text_attention",
-        "previous",
-        "embeddings",
-        "normed",
-        "queries",
-        "keys",
-        "rotary",
-    }
-)
+EVERYTHING: frozenset[Signal] = frozenset({f"decoder.{name}" for name in DecoderSignals.names} | {"text.question"})
 LAYER = 2
 
 
@@ -89,8 +75,7 @@ def text_after(inputs: dict[str, Tensor], row: int, block: Tensor) -> Tensor:
 
 
 def of_text(view: vt.View, image: int, values: Tensor) -> Tensor:
-    assert view.text is not None
-    return values[view.text.mask[image]]
+    return values[view.text.question.mask[image]]
 
 
 @both_attentions
@@ -104,20 +89,20 @@ def test_signals_are_those_of_the_eager_model(rows, attention):
     for image, (row, block) in enumerate(images_of(inputs)):
         text = text_after(inputs, row, block)
         before, after = seen.attention[LAYER - 1], seen.attention[LAYER]
-        close(view.last_attention[image], before[row, :, -1, block].mean(0), 1e-6)
-        close(view.next_attention[image], after[row, :, -1, block].mean(0), 1e-6)
-        rows_of_text = view.text_attention[image][:, view.text.mask[image]]
+        close(view.decoder.last_attention[image], before[row, :, -1, block].mean(0), 1e-6)
+        close(view.decoder.next_attention[image], after[row, :, -1, block].mean(0), 1e-6)
+        rows_of_text = view.decoder.text_attention[image][:, view.text.question.mask[image]]
         close(rows_of_text, before[row][:, text][:, :, block], 1e-6)
-        close(view.previous[image], seen.hidden[LAYER - 1][row, block])
+        close(view.decoder.previous[image], seen.hidden[LAYER - 1][row, block])
         close(view.features[image], seen.hidden[LAYER][row, block])
-        close(view.embeddings.tokens[image], seen.hidden[0][row, block])
-        close(of_text(view, image, view.embeddings.text[image]), seen.hidden[0][row, text])
+        close(view.decoder.embeddings.tokens[image], seen.hidden[0][row, block])
+        close(of_text(view, image, view.decoder.embeddings.text[image]), seen.hidden[0][row, text])
         norm = seen.norm(seen.hidden[LAYER][row])
-        close(view.normed.tokens[image], norm[block])
-        close(of_text(view, image, view.normed.text[image]), norm[text])
+        close(view.decoder.normed.tokens[image], norm[block])
+        close(of_text(view, image, view.decoder.normed.text[image]), norm[text])
         rotary = seen.rotary[LAYER][row]
-        close(view.rotary.tokens[image], rotary[block])
-        close(of_text(view, image, view.rotary.text[image]), rotary[text])
+        close(view.decoder.rotary.tokens[image], rotary[block])
+        close(of_text(view, image, view.decoder.rotary.text[image]), rotary[text])
 
 
 @both_attentions
@@ -127,15 +112,15 @@ def test_queries_and_keys_give_the_attention_of_the_layer(rows, attention):
     with vt.trim(model, spy):
         model(**inputs)
     (view,), seen = spy.seen, Reference(inputs)
-    heads = view.queries.tokens.shape[1] // view.keys.tokens.shape[1]
+    heads = view.decoder.queries.tokens.shape[1] // view.decoder.keys.tokens.shape[1]
     for image, (row, block) in enumerate(images_of(inputs)):
         text = text_after(inputs, row, block)
-        query = of_text(view, image, view.queries.text[image].transpose(0, 1)).transpose(0, 1)
-        logits = query @ view.keys.tokens[image].repeat_interleave(heads, 0).mT
+        query = of_text(view, image, view.decoder.queries.text[image].transpose(0, 1)).transpose(0, 1)
+        logits = query @ view.decoder.keys.tokens[image].repeat_interleave(heads, 0).mT
         # a softmax is known up to a constant of each row
         wanted = seen.attention[LAYER - 1][row][:, text][:, :, block].log()
         close(logits - logits[..., :1], wanted - wanted[..., :1], 1e-4)
-        own = of_text(view, image, view.keys.text[image].transpose(0, 1)).transpose(0, 1)
+        own = of_text(view, image, view.decoder.keys.text[image].transpose(0, 1)).transpose(0, 1)
         last = query[:, -1:] @ own.repeat_interleave(heads, 0).mT
         wanted = seen.attention[LAYER - 1][row][:, -1:, text].log()
         close(last - last[..., :1], wanted - wanted[..., :1], 1e-4)
@@ -155,11 +140,12 @@ def test_after_an_earlier_stage_only_survivors_are_seen(rows):
     for image, (row, block) in enumerate(images_of(inputs)):
         left = block[run.trace.images[image].stages[0].index]
         text = text_after(inputs, row, block)
-        close(view.last_attention[image], maps[2][row, :, -1, left].mean(0), 1e-5)
-        close(view.next_attention[image], maps[3][row, :, -1, left].mean(0), 1e-5)
-        close(view.text_attention[image][:, view.text.mask[image]], maps[2][row][:, text][:, :, left], 1e-5)
-        assert view.embeddings.tokens.shape[1] == tiny.PATCHES, "the embeddings are those of all that entered"
-        assert int(view.text.mask[image].sum()) == len(text)
+        close(view.decoder.last_attention[image], maps[2][row, :, -1, left].mean(0), 1e-5)
+        close(view.decoder.next_attention[image], maps[3][row, :, -1, left].mean(0), 1e-5)
+        ours = view.decoder.text_attention[image][:, view.text.question.mask[image]]
+        close(ours, maps[2][row][:, text][:, :, left], 1e-5)
+        assert view.decoder.embeddings.tokens.shape[1] == tiny.PATCHES, "the embeddings are those of all that entered"
+        assert int(view.text.question.mask[image].sum()) == len(text)
 
 
 def test_after_the_vision_stage_the_embeddings_are_those_that_entered():
@@ -170,11 +156,11 @@ def test_after_the_vision_stage_the_embeddings_are_those_that_entered():
         model(**inputs)
     handle.remove()
     (view,) = spy.seen
-    assert view.embeddings.tokens.shape[1] == 9
-    assert torch.isfinite(view.embeddings.tokens).all()
+    assert view.decoder.embeddings.tokens.shape[1] == 9
+    assert torch.isfinite(view.decoder.embeddings.tokens).all()
     for image in range(len(view.features)):
         states = entered[0][run.trace.images[image].sample]
-        for side in (view.embeddings.tokens[image], of_text(view, image, view.embeddings.text[image])):
+        for side in (view.decoder.embeddings.tokens[image], of_text(view, image, view.decoder.embeddings.text[image])):
             assert (side[:, None] == states[None]).all(-1).any(1).all(), "each is one of those that entered"
 
 
@@ -203,9 +189,9 @@ def test_second_turn_with_an_image_sees_the_first(attention):
     (view,) = spy.seen
     for image, (row, block) in enumerate(images_of(second)):
         text = text_after(second, row, block) + past
-        close(view.last_attention[image], seen.attention[1][row, :, -1, block + past].mean(0), 1e-6)
-        close(view.next_attention[image], seen.attention[2][row, :, -1, block + past].mean(0), 1e-6)
-        ours = view.text_attention[image][:, view.text.mask[image]]
+        close(view.decoder.last_attention[image], seen.attention[1][row, :, -1, block + past].mean(0), 1e-6)
+        close(view.decoder.next_attention[image], seen.attention[2][row, :, -1, block + past].mean(0), 1e-6)
+        ours = view.decoder.text_attention[image][:, view.text.question.mask[image]]
         close(ours, seen.attention[1][row][:, text][:, :, block + past], 1e-6)
     assert all(layer.keys.shape[-2] == mask.shape[1] for layer in cache.layers), "nothing was cached twice"
 
@@ -230,12 +216,12 @@ def test_second_turn_after_removal_sees_what_the_cache_holds(attention):
         maps = reference(input_ids=whole, pixel_values=pixels, output_attentions=True, use_cache=False).attentions
     (_, view), ((_, block),) = spy.seen, images_of(second)
     left = block[traces[1].images[0].stages[0].index] + past
-    close(view.last_attention[0], maps[1][0, :, -1, left].mean(0), 1e-5)
+    close(view.decoder.last_attention[0], maps[1][0, :, -1, left].mean(0), 1e-5)
     # the layer to come, asked before the second turn's removal there, sees what the first turn left there
     shorter = {1: gone[1], 2: torch.cat([early[2], torch.zeros_like(late[2])], 1)}
     with tiny.Masked(reference, torch.ones_like(whole), shorter):
         maps = reference(input_ids=whole, pixel_values=pixels, output_attentions=True, use_cache=False).attentions
-    close(view.next_attention[0], maps[2][0, :, -1, left].mean(0), 1e-5)
+    close(view.decoder.next_attention[0], maps[2][0, :, -1, left].mean(0), 1e-5)
 
 
 def test_beams_see_what_their_sample_sees():
@@ -248,8 +234,8 @@ def test_beams_see_what_their_sample_sees():
     (one,), (two,) = plain.seen, beams.seen
     order = [0, 0, 1, 2, 1, 2]  # copies of a row stand side by side, each with all images of the row
     for name in ("last_attention", "next_attention", "text_attention", "previous"):
-        close(getattr(two, name), getattr(one, name)[order], 1e-6)
-    close(two.embeddings.tokens, one.embeddings.tokens[order], 1e-6)
+        close(two.decoder[name], one.decoder[name][order], 1e-6)
+    close(two.decoder.embeddings.tokens, one.decoder.embeddings.tokens[order], 1e-6)
 
 
 def test_the_rows_are_those_of_the_prompt_without_guesses_of_assisted_decoding():
@@ -260,8 +246,8 @@ def test_the_rows_are_those_of_the_prompt_without_guesses_of_assisted_decoding()
         generate(model, inputs, max_new_tokens=3)
         model.generate(**inputs, max_new_tokens=3, do_sample=False, prompt_lookup_num_tokens=3)
     greedy, assisted = spy.seen
-    close(assisted.last_attention, greedy.last_attention, 1e-6)
-    close(assisted.next_attention, greedy.next_attention, 1e-6)
+    close(assisted.decoder.last_attention, greedy.decoder.last_attention, 1e-6)
+    close(assisted.decoder.next_attention, greedy.decoder.next_attention, 1e-6)
 
 
 @both_attentions
@@ -287,7 +273,7 @@ def test_only_the_prefill_is_listened_to():
     silent = run.method.steps()[0]
     assert isinstance(silent, Spy)
     (view,) = silent.seen
-    assert all(getattr(view, name) is None for name in EVERYTHING)
+    assert not [*view.decoder, *view.text]
 
 
 @dataclass(frozen=True)

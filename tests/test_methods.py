@@ -9,16 +9,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peers import rows
+from views import changed, grouped, showing
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Plan, VisionOutput
 from visiontrim.core.registry import list_methods, load_method
-from visiontrim.core.view import Keep, Text, View
+from visiontrim.core.signals import Text
+from visiontrim.core.view import Keep, View
 from visiontrim.methods import NoTrim, Random, Uniform, VisionTrim
 from visiontrim.ops.affinity import local_affinity, nearest_affinity
 from visiontrim.ops.complement import complement
 from visiontrim.ops.select import gather, leftovers, top_k
-
-SIGNALS = ("cls_attention", "received_attention", "joint", "text", "query")
 
 
 def make_view(seed=0, grid=(1, 6, 7), batch=2, dim=8, words=5, tokens=None, entered=None, num_layers=32):
@@ -35,17 +36,22 @@ def make_view(seed=0, grid=(1, 6, 7), batch=2, dim=8, words=5, tokens=None, ente
     mask = torch.ones(batch, words, dtype=torch.bool)
     mask[-1, -1] = False
     at_output = tokens == total and entered is None
+    signals = {
+        "encoder.cls_attention": noise(batch, tokens).softmax(-1),
+        "encoder.received_attention": noise(batch, tokens).softmax(-1),
+    }
+    if at_output:
+        joint = features @ noise(dim, 4)
+        signals |= {"text.joint": joint, "text.joint_last": joint}
+    signals["text.question"] = Text(noise(batch, words, 4 if at_output else dim), mask, 14.0)
+    signals["decoder.query"] = noise(batch, dim)
     return View(
         features=features,
         coordinates=gather(torch.cartesian_prod(*map(torch.arange, grid)).expand(batch, -1, -1), index),
         grid=grid,
         entered=total if entered is None else entered,
         num_layers=num_layers,
-        cls_attention=noise(batch, tokens).softmax(-1),
-        received_attention=noise(batch, tokens).softmax(-1),
-        joint=features @ noise(dim, 4) if at_output else None,
-        text=Text(noise(batch, words, 4 if at_output else dim), mask, 14.0),
-        query=noise(batch, dim),
+        **grouped(signals),
     )
 
 
@@ -129,21 +135,13 @@ def test_answer_is_pure(method, view):
 @every_case
 def test_needs_are_all_that_is_read(method, view):
     (step,) = method.steps()
-    given = {"joint" if need == "joint_last" else need for need in step.needs}
-    bare = dataclasses.replace(view, **{signal: None for signal in SIGNALS if signal not in given})
-    assert same(step.select(bare), step.select(view))
+    assert same(step.select(showing(view, step.needs)), step.select(view))
 
 
 @every_case
 def test_batch_equals_single(method, view):
     batch = answer(method, view)
-    parts = {
-        signal: value[:1]
-        for signal in (*SIGNALS, "features")
-        if isinstance(value := getattr(view, signal), torch.Tensor)
-    }
-    text = Text(view.text.tokens[:1], view.text.mask[:1], view.text.scale)
-    single = answer(method, dataclasses.replace(view, **parts, coordinates=view.coordinates[:1], text=text))
+    single = answer(method, rows(view, [0]))
     assert torch.equal(single.index, batch.index[:1])
     if batch.features is not None:
         torch.testing.assert_close(single.features, batch.features[:1])
@@ -153,14 +151,21 @@ def test_needs():
     def needs(**options):
         return tuple(step.needs for step in VisionTrim(**options).steps())
 
-    assert needs() == ({"cls_attention", "joint", "text"},)
-    assert needs(guidance="none") == ({"cls_attention"},)
+    assert needs() == ({"encoder.cls_attention", "text.joint", "text.question"},)
+    assert needs(guidance="none") == ({"encoder.cls_attention"},)
     assert needs(guidance="none", fusion="local") == (set(),)
-    assert needs(global_score="received", patch_space="last") == ({"received_attention", "joint_last", "text"},)
-    assert needs(variant="release") == ({"cls_attention", "received_attention", "joint", "text"},)
-    assert needs(stages="language") == ({"query", "text"},)
-    assert needs(stages="language", guidance="none") == ({"query"},)
-    assert needs(stages="both") == ({"cls_attention", "joint", "text"}, {"query", "text"})
+    assert needs(global_score="received", patch_space="last") == (
+        {"encoder.received_attention", "text.joint_last", "text.question"},
+    )
+    assert needs(variant="release") == (
+        {"encoder.cls_attention", "encoder.received_attention", "text.joint", "text.question"},
+    )
+    assert needs(stages="language") == ({"decoder.query", "text.question"},)
+    assert needs(stages="language", guidance="none") == ({"decoder.query"},)
+    assert needs(stages="both") == (
+        {"encoder.cls_attention", "text.joint", "text.question"},
+        {"decoder.query", "text.question"},
+    )
     assert Random().needs == Uniform(layer=3).needs == set()
 
 
@@ -182,14 +187,15 @@ def test_dominant_tokens_are_the_top_of_the_score():
     method = VisionTrim(keep=12, fusion="cls")
     keep = answer(method, view)
     for image in range(2):
-        assert keep.index[image][~keep.complement[image]].tolist() == top_k(view.cls_attention, 9)[image].tolist()
+        assert (
+            keep.index[image][~keep.complement[image]].tolist() == top_k(view.encoder.cls_attention, 9)[image].tolist()
+        )
     local = answer(VisionTrim(keep=12, fusion="local", guidance="none"), view)
     assert torch.equal(local.index, top_k(local_affinity(view.features, view.coordinates, view.grid), 12))
 
 
-@pytest.mark.parametrize("missing", ["text", "joint"])
-def test_without_a_question_all_of_the_budget_is_dominant(missing):
-    view = dataclasses.replace(make_view(), **{missing: None})
+def test_without_a_question_all_of_the_budget_is_dominant():
+    view = changed(make_view(), {"text.question": None})
     keep = answer(VisionTrim(keep=12), view)
     assert same(keep, answer(VisionTrim(keep=12, guidance="none"), make_view()))
     assert keep.index.shape == (2, 12)
@@ -198,20 +204,20 @@ def test_without_a_question_all_of_the_budget_is_dominant(missing):
 
 
 def test_without_cls_the_attention_received_decides():
-    bare = dataclasses.replace(make_view(), cls_attention=None)
+    bare = changed(make_view(), {"encoder.cls_attention": None})
     assert same(answer(VisionTrim(keep=12), bare), answer(VisionTrim(keep=12, global_score="received"), make_view()))
     for method in (VisionTrim(keep=12, global_score="cls"), VisionTrim(keep=12, variant="release")):
         with pytest.raises(TrimError):
             answer(method, bare)
-    with pytest.raises(TrimError, match="global_score='auto'"):
-        answer(VisionTrim(keep=12), dataclasses.replace(bare, received_attention=None))
+    with pytest.raises(TrimError, match=r"does not give the signal 'encoder\.cls_attention'"):
+        answer(VisionTrim(keep=12), changed(bare, {"encoder.received_attention": None}))
 
 
 def test_global_score_of_the_language_stage():
     """Eq. 12."""
     view = make_view(tokens=30, entered=30)
     (step,) = VisionTrim(keep=12, stages="language", fusion="cls").steps()
-    expected = torch.stack([(view.features[b] @ view.query[b] / 8**0.5).softmax(0) for b in range(2)])
+    expected = torch.stack([(view.features[b] @ view.decoder.query[b] / 8**0.5).softmax(0) for b in range(2)])
     torch.testing.assert_close(step.score(view), expected)
 
 
@@ -226,8 +232,8 @@ def test_language_stage_measures_by_dot_products_and_survivors():
     merged = complement(
         gather(view.features, rest),
         gather(view.features, rest),
-        view.text.tokens,
-        view.text.mask,
+        view.text.question.tokens,
+        view.text.question.mask,
         added,
         scale=8**-0.5,
         cosine=False,
@@ -243,7 +249,8 @@ def test_language_stage_measures_by_dot_products_and_survivors():
 
 def test_question_changes_what_is_kept():
     view = make_view()
-    other = dataclasses.replace(view, text=Text(-view.text.tokens, view.text.mask, view.text.scale))
+    question = view.text.question
+    other = changed(view, {"text.question": Text(-question.tokens, question.mask, question.scale)})
     ours, theirs = answer(VisionTrim(keep=12), view), answer(VisionTrim(keep=12), other)
     assert not torch.equal(ours.index, theirs.index)
     inverted = answer(VisionTrim(keep=12, sign=-1), other)

@@ -10,6 +10,7 @@ import pytest
 
 from language import left_by, mean
 from peers import make_view
+from views import changed
 from visiontrim.core.budget import mean_per_layer
 from visiontrim.core.method import EncoderLayer, Layers, VisionOutput
 from visiontrim.core.registry import list_methods, load_method
@@ -34,11 +35,11 @@ LANGUAGE = rows("Inside the language model", r"([\d, .]+) \| ([\d.]+)")
 @pytest.fixture(scope="module")
 def llava_image() -> View:
     view = make_view(grid=(1, 24, 24), batch=1, dim=32)
-    signals = {name: getattr(view, name) for name in ("cls_attention", "column_attention", "encoder_keys")}
-    signals["cls_attention_wide"] = view.cls_attention
-    at = {(name, layer): signals[name] for name in signals for layer in range(-24, 24)}
+    signals = {f"encoder.{name}": view.encoder[name] for name in ("cls_attention", "column_attention", "keys")}
+    signals["encoder.cls_attention_wide"] = view.encoder.cls_attention
+    of_layers = {(name, layer): signals[name] for name in signals for layer in range(-24, 24)}
     blots = (view.features[:, :, :2] > 1).float()[:, :, None]
-    return dataclasses.replace(view, at=at, pixels=blots, colours=blots)
+    return changed(view, of_layers | {"encoder.pixels": blots, "encoder.colours": blots})
 
 
 @pytest.mark.parametrize(("call", "count", "parts"), ROWS, ids=[row[0] for row in ROWS])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ import tiny
 import visiontrim as vt
 from language import left_by, mean, random, seen_by
 from tiny import Masked, both_attentions, close, every_batch, hidden_places, llava, prompts, sample
-from visiontrim.core.view import Sides, Text
+from views import changed
+from visiontrim.core.signals import Sides, Text
 
 no_grad = pytest.mark.usefixtures("no_grad")
 
@@ -30,7 +30,7 @@ def test_fastv_budgets():
 
 def test_fastv_keeps_the_highest_scores_in_order_and_the_lower_of_equal_ones():
     (step,) = vt.FastV(keep=(3,)).steps()
-    view = replace(seen_by(step, 6), last_attention=torch.tensor([[0.1, 0.3, 0.2, 0.3, 0.2, 0.0]]))
+    view = changed(seen_by(step, 6), {"decoder.last_attention": torch.tensor([[0.1, 0.3, 0.2, 0.3, 0.2, 0.0]])})
     keep = step.select(view)
     assert keep.index.tolist() == [[1, 2, 3]]
     assert keep.features is None
@@ -131,7 +131,7 @@ def test_v2drop_keeps_the_largest_updates():
     step = vt.V2Drop(keep=(3, 1, 0)).steps()[0]
     before = random(1, 5, 8)
     update = torch.tensor([1.0, 3.0, -4.0, 0.0, 3.0])[None, :, None] * random(1, 1, 8, seed=3)
-    view = replace(seen_by(step, 5), features=before + update, previous=before)
+    view = changed(seen_by(step, 5), {"decoder.previous": before}, features=before + update)
     assert step.select(view).index.tolist() == [[1, 2, 4]]
 
 
@@ -167,15 +167,15 @@ def slow_dart(view: vt.View, image: int, count: int) -> list[int]:
     def cosine(a, b):
         return float((a.double() @ b.double()) / a.double().norm() / b.double().norm())
 
-    words = [t for t in range(view.text.mask.shape[1]) if view.text.mask[image, t]]
-    vision = by_norm(view.keys.tokens, range(view.features.shape[1]))[:4]
-    pivots = [view.normed.tokens[image, i] for i in vision]
-    pivots += [view.normed.text[image, t] for t in by_norm(view.keys.text, words)[:4]]
+    words = [t for t in range(view.text.question.mask.shape[1]) if view.text.question.mask[image, t]]
+    vision = by_norm(view.decoder.keys.tokens, range(view.features.shape[1]))[:4]
+    pivots = [view.decoder.normed.tokens[image, i] for i in vision]
+    pivots += [view.decoder.normed.text[image, t] for t in by_norm(view.decoder.keys.text, words)[:4]]
     kept = list(vision)
     for number, pivot in enumerate(pivots):
         share = (count - 4) // len(pivots) + (number < (count - 4) % len(pivots))
         pool = [i for i in range(view.features.shape[1]) if i not in kept]
-        kept += sorted(pool, key=lambda i, p=pivot: cosine(view.normed.tokens[image, i], p))[:share]
+        kept += sorted(pool, key=lambda i, p=pivot: cosine(view.decoder.normed.tokens[image, i], p))[:share]
     return sorted(kept)
 
 
@@ -183,26 +183,27 @@ def slow_dart(view: vt.View, image: int, count: int) -> list[int]:
 def test_dart_against_a_slow_reference(count):
     (step,) = vt.DART(keep=(count,)).steps()
     view = seen_by(step, 40, images=3)
-    view = replace(view, normed=Sides(view.normed.tokens - 0.5, view.normed.text - 0.5))
-    mask = view.text.mask.clone()
+    normed = Sides(view.decoder.normed.tokens - 0.5, view.decoder.normed.text - 0.5)
+    mask = view.text.question.mask.clone()
     mask[0, 2:] = False  # two words only; and padding on the left, whose keys are the largest
     mask[2, :3] = False
-    view.keys.text[2, :, :3] = 9.0
-    view = replace(view, text=Text(view.text.tokens, mask, 1.0))
+    view.decoder.keys.text[2, :, :3] = 9.0
+    question = Text(view.text.question.tokens, mask, 1.0)
+    view = changed(view, {"decoder.normed": normed, "text.question": question})
     keep = step.select(view)
     for image in range(3):
         assert keep.index[image].tolist() == slow_dart(view, image, count)
-    larger = replace(view, normed=Sides(7 * view.normed.tokens, 7 * view.normed.text))
+    larger = changed(view, {"decoder.normed": Sides(7 * normed.tokens, 7 * normed.text)})
     assert step.select(larger).index.equal(keep.index)
 
 
 def test_dart_takes_duplicates_of_a_pivot_last():
     (step,) = vt.DART(keep=(19,), vision_pivots=1).steps()
     view = seen_by(step, 20)
-    pivot = int(view.keys.tokens.abs().sum((1, 3)).argmax())
+    pivot = int(view.decoder.keys.tokens.abs().sum((1, 3)).argmax())
     twin = (pivot + 1) % 20
-    view.normed.tokens[:, twin] = view.normed.tokens[:, pivot]
-    view.normed.text[:] = view.normed.tokens[:, [pivot]]
+    view.decoder.normed.tokens[:, twin] = view.decoder.normed.tokens[:, pivot]
+    view.decoder.normed.text[:] = view.decoder.normed.tokens[:, [pivot]]
     (gone,) = set(range(20)) - set(step.select(view).index[0].tolist())
     assert gone == twin
 
@@ -215,11 +216,9 @@ def test_parvts_keeps_what_resembles_the_words():
     view = seen_by(step, 5, entered=5)
     directions = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [3.0, 3.0], [1.0, -1.0]])
     words = torch.tensor([[5.0, 0.0], [1.0, 1.0], [0.0, -9.0]])
-    view = replace(
-        view,
-        embeddings=Sides(directions[None], words[None]),
-        text=Text(words[None], torch.tensor([[True, True, False]]), 1.0),
-    )
+    question = Text(words[None], torch.tensor([[True, True, False]]), 1.0)
+    signals = {"decoder.embeddings": Sides(directions[None], words[None]), "text.question": question}
+    view = changed(view, signals, features=torch.zeros(1, 5, 2))
     # mean cosines with (1, 0) and (1, 1): .85, .35, -.85, .85 (by symmetry), .35
     assert step.select(view).index.tolist() == [[0, 3]]
     assert mean(vt.ParVTS()) == 128

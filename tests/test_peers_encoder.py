@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 
 import visiontrim as vt
 from tiny import PATCHES, ROWS, close, generate, llava, prompts, sample
+from views import changed
 from visiontrim.calibrate import dymu
 from visiontrim.core.method import Layers
 from visiontrim.methods.matching import left_after
@@ -44,25 +44,25 @@ def view_of(seed: int = 0, grid=(1, 4, 6), batch: int = 2, dim: int = 5, heads: 
         grid=grid,
         entered=total,
         num_layers=32,
-        mass=torch.randint(1, 5, (batch, total), generator=generator).float(),
-        cls_attention=(2 * noise(batch, total)).softmax(-1),
-        received_attention=noise(batch, total).softmax(-1),
-        column_attention=noise(batch, total).softmax(-1),
-        encoder_keys=noise(batch, heads, total, 4),
-        encoder_queries=noise(batch, heads, total, 4),
-        cls_query=noise(batch, heads, 1, 4),
+        encoder=vt.EncoderSignals(
+            mass=torch.randint(1, 5, (batch, total), generator=generator).float(),
+            cls_attention=(2 * noise(batch, total)).softmax(-1),
+            received_attention=noise(batch, total).softmax(-1),
+            column_attention=noise(batch, total).softmax(-1),
+            keys=noise(batch, heads, total, 4),
+            queries=noise(batch, heads, total, 4),
+            cls_query=noise(batch, heads, 1, 4),
+        ),
     )
 
 
 def keys(view: vt.View, image: int) -> Tensor:
-    assert view.encoder_keys is not None
-    mean = view.encoder_keys[image].double().mean(0)
+    mean = view.encoder.keys[image].double().mean(0)
     return mean / mean.norm(dim=-1, keepdim=True)
 
 
 def weighted(view: vt.View, image: int) -> tuple[Tensor, Tensor]:
-    assert view.mass is not None
-    mass = view.mass[image].double()
+    mass = view.encoder.mass[image].double()
     return view.features[image].double() * mass[:, None], mass
 
 
@@ -75,7 +75,7 @@ def test_turbo_against_a_slow_reference(alpha, count):
     view = view_of()
     merged = vt.Turbo(alpha=alpha).merged(view, count)
     for image in range(2):
-        unit, attention = keys(view, image), view.cls_attention[image].double()
+        unit, attention = keys(view, image), view.encoder.cls_attention[image].double()
         best = []
         for a in range(0, 24, 2):
             cosine, b = max((float(unit[a] @ unit[b]), -b) for b in range(1, 24, 2))
@@ -103,7 +103,7 @@ def test_turbo_spares_what_cls_attends_to():
     index = vt.Turbo(alpha=1e4).merged(view, 4).index
     for image in range(2):
         gone = sorted(set(range(24)) - set(index[image].tolist()))
-        sources = view.cls_attention[image, ::2]
+        sources = view.encoder.cls_attention[image, ::2]
         assert gone == sorted((2 * sources.argsort()[:4]).tolist())
 
 
@@ -128,12 +128,12 @@ def slow_graph(unit: Tensor, importance: Tensor, count: int) -> list[tuple[int, 
 @pytest.mark.parametrize("count", [1, 6, 12])
 def test_crossget_against_a_slow_reference(count, cls):
     view = view_of(seed=count)
-    view = view if cls else dataclasses.replace(view, cls_attention=None)
+    view = view if cls else changed(view, {"encoder.cls_attention": None})
     merged = vt.CrossGET().merged(view, count)
     for image in range(2):
-        importance = view.column_attention[image].double()
+        importance = view.encoder.column_attention[image].double()
         if cls:
-            importance = importance + view.cls_attention[image].double()
+            importance = importance + view.encoder.cls_attention[image].double()
         pairs = slow_graph(keys(view, image), importance, count)
         total, mass = weighted(view, image)
         sums, masses = total.clone(), mass.clone()
@@ -195,15 +195,16 @@ def test_the_local_penalty_by_hand():
 @pytest.mark.parametrize("grid", [(1, 4, 6), (1, 5, 5)])
 def test_ficoco_v_against_a_slow_reference(cls, eps, grid):
     view, lamb, count = view_of(grid=grid), 0.35, 6
-    view = view if cls else dataclasses.replace(view, cls_query=None)
+    view = view if cls else changed(view, {"encoder.cls_query": None})
     merged = vt.FiCoCoV(eps=eps).merged(view, count)
     n = math.prod(grid)
     for image in range(2):
-        query, key = view.encoder_queries[image].double(), view.encoder_keys[image].double()
+        query, key = view.encoder.queries[image].double(), view.encoder.keys[image].double()
         logit = [[sum(float(query[h, i] @ key[h, j]) for h in range(2)) / 2 for j in range(n)] for i in range(n)]
         if cls:
             of_cls = [
-                sum(float(view.cls_query[image, h, 0].double() @ key[h, j]) for h in range(2)) / 2 for j in range(n)
+                sum(float(view.encoder.cls_query[image, h, 0].double() @ key[h, j]) for h in range(2)) / 2
+                for j in range(n)
             ]
         else:
             flat = torch.stack([torch.cat([key[h, j] for h in range(2)]) for j in range(n)])
@@ -238,7 +239,7 @@ def test_ficoco_v_steps_and_counts_of_the_release():
 
 def test_dymu_merges_every_edge_above_its_threshold():
     view = view_of(batch=1)
-    best = edges(view.encoder_keys.mean(1))[0][0]
+    best = edges(view.encoder.keys.mean(1))[0][0]
     for threshold in (-1.0, 0.2, 0.6, math.inf):
         method = vt.DyMU(keep=None, thresholds=(threshold,))
         (step,) = method.steps_for(Layers(encoder=2, decoder=4))
@@ -333,6 +334,6 @@ def test_merging_preserves_the_weighted_sum(method):
     """Mass and mass-weighted features of the image are the same before and after."""
     view = view_of()
     merged = method.merged(view, 9)
-    mass = torch.zeros(2, 15).scatter_add(1, merged.assignment, view.mass)
-    assert torch.equal(mass.sum(1), view.mass.sum(1))
-    close((merged.features * mass[..., None]).sum(1), (view.features * view.mass[..., None]).sum(1), 1e-4)
+    mass = torch.zeros(2, 15).scatter_add(1, merged.assignment, view.encoder.mass)
+    assert torch.equal(mass.sum(1), view.encoder.mass.sum(1))
+    close((merged.features * mass[..., None]).sum(1), (view.features * view.encoder.mass[..., None]).sum(1), 1e-4)

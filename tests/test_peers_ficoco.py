@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 import visiontrim as vt
 from language import left_by, mean, random, seen_by
 from tiny import close
-from visiontrim.core.view import Text
+from views import changed
+from visiontrim.core.signals import Text
 from visiontrim.ops.spreading import absorb
 
 no_grad = pytest.mark.usefixtures("no_grad")
@@ -33,7 +33,7 @@ def test_ficoco_budgets():
 
 
 def slow_ficoco(view: vt.View, image: int, r: int, beta=0.6, gamma=0.6, eps=0.998) -> tuple[list[int], Tensor]:
-    words = [t for t in range(view.text.mask.shape[1]) if view.text.mask[image, t]]
+    words = [t for t in range(view.text.question.mask.shape[1]) if view.text.question.mask[image, t]]
     n, m = view.features.shape[1], len(words)
 
     def logits(queries, keys, i, j):
@@ -43,7 +43,7 @@ def slow_ficoco(view: vt.View, image: int, r: int, beta=0.6, gamma=0.6, eps=0.99
         ]
         return sum(products) / len(products)
 
-    q, k = view.queries, view.keys
+    q, k = view.decoder.queries, view.decoder.keys
     inner = [[logits(q.tokens, k.tokens, i, j) for j in range(n)] for i in range(n)]
     asked = [[logits(q.text, k.tokens, t, j) for j in range(n)] for t in words]
     redundancy = [beta * sum(inner[i]) / n - (1 - beta) * sum(asked[t][i] for t in range(m)) / m for i in range(n)]
@@ -75,9 +75,9 @@ def slow_ficoco(view: vt.View, image: int, r: int, beta=0.6, gamma=0.6, eps=0.99
 def test_ficoco_against_a_slow_reference(eps):
     step = vt.FiCoCoL(r=5, eps=eps).steps()[0]
     view = seen_by(step, 24, images=2)
-    mask = view.text.mask.clone()
+    mask = view.text.question.mask.clone()
     mask[0, :3] = False
-    view = replace(view, text=Text(view.text.tokens, mask, 1.0))
+    view = changed(view, {"text.question": Text(view.text.question.tokens, mask, 1.0)})
     keep = step.select(view)
     for image in range(2):
         kept, outputs = slow_ficoco(view, image, 5, eps=eps)

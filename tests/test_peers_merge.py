@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
@@ -11,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from peers import answer, cosines, image, make_view, ranked
+from views import changed
+from visiontrim.core.signals import DecoderSignals
 from visiontrim.core.view import View
 from visiontrim.methods import AvgPool, PruMerge, PruMergePlus, VisionZip, VScan
 from visiontrim.ops.merge import merge_into_nearest
@@ -29,7 +30,7 @@ def test_visionzip(variant, seed):
     kept = answer(VisionZip(keep=32, variant=variant), view)
     for b in range(2):
         parts = image(view, b)
-        x, keys = parts["features"], cosines(parts["encoder_keys"].mean(0))
+        x, keys = parts["features"], cosines(parts["keys"].mean(0))
         dominant = sorted(ranked(parts["cls_attention"])[:27])
         rest = [i for i in range(64) if i not in dominant]
         step = max(1, len(rest) // 5)
@@ -80,7 +81,7 @@ def test_vscan(grid, keep, share, seed):
     kept = answer(VScan(keep=keep, stages="vision", shallow=1), view)
     _, height, width = grid
     for b in range(2):
-        shallow, deep = view.at["cls_attention", 1][b].tolist(), view.cls_attention[b].tolist()
+        shallow, deep = view.encoder["cls_attention", 1][b].tolist(), view.encoder.cls_attention[b].tolist()
         down, across = max(1, height // 6), max(1, width // 6)
         local = []
         for i, j in itertools.product(range(down), range(across)):
@@ -93,7 +94,7 @@ def test_vscan(grid, keep, share, seed):
         taken = [0.0 if n in local else score for n, score in enumerate(deep)]
         index = sorted(local + ranked(taken)[: keep - len(local)])
         assert kept.index[b].tolist() == index
-        x, cosine = view.projected[b].double(), cosines(view.projected[b])
+        x, cosine = view.encoder.projected[b].double(), cosines(view.encoder.projected[b])
         for output, centre in enumerate(index):
             cluster = [
                 n
@@ -118,11 +119,11 @@ def test_budget_of_vscan(mean, counts):
         view.grid,
         entered=counts[0],
         num_layers=32,
-        next_attention=view.cls_attention[:, : counts[0]],
+        decoder=DecoderSignals(next_attention=view.encoder.cls_attention[:, : counts[0]]),
     )
     second = method.steps()[1].select(later)
     assert second.index.shape[1] == counts[1]
-    assert second.index[0].tolist() == sorted(ranked(later.next_attention[0])[: counts[1]])
+    assert second.index[0].tolist() == sorted(ranked(later.decoder.next_attention[0])[: counts[1]])
     assert (16 * counts[0] + 16 * counts[1]) / 32 == mean
     assert answer(VScan(keep=counts, shallow=1), view).index.shape[1] == counts[0]
     # 16 windows of 6 x 6: 3 local patches each for 96
@@ -136,7 +137,7 @@ def test_budget_of_vscan(mean, counts):
 
 def slow_prumerge(view: View, b: int, index: list[int], attention, k: int, release: bool):
     x, a = view.features[b].double(), attention[b].double()
-    keys = view.at["encoder_keys", -1][b]
+    keys = view.encoder["keys", -1][b]
     cosine = cosines(keys.transpose(0, 1).flatten(1))
     rows = []
     for i in index:
@@ -154,7 +155,7 @@ def slow_prumerge(view: View, b: int, index: list[int], attention, k: int, relea
 def test_prumerge(cls, release, seed):
     view = make_view(seed)
     kept = answer(cls(keep=13, neighbours=5, variant="release" if release else "paper"), view)
-    attention = view.at["cls_attention_wide" if release else "cls_attention", -1]
+    attention = view.encoder["cls_attention_wide" if release else "cls_attention", -1]
     places = 12 if release else 13
     for b in range(2):
         order = ranked(attention[b])
@@ -179,19 +180,16 @@ def test_prumerge(cls, release, seed):
 def test_prumerge_counts_outliers_like_numpy():
     attention = torch.tensor([0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.13, 0.30, 0.21, 0.02])
     # quartiles at places 2.75 and 8.25 of the sorted twelve: 0.0275 and 0.0925, so outliers lie above 0.19
-    view = dataclasses.replace(
-        make_view(grid=(1, 3, 4), batch=1),
-        at={("cls_attention", -1): attention[None], ("encoder_keys", -1): torch.ones(1, 2, 12, 4)},
-    )
+    view = make_view(grid=(1, 3, 4), batch=1)
+    alike = {("encoder.keys", -1): torch.ones(1, 2, 12, 4)}
+    view = changed(view, alike | {("encoder.cls_attention", -1): attention[None]})
     assert answer(PruMerge(keep=None), view).index.tolist() == [[9, 10]]
     # a lattice with a third of 12 / 2 as stride, without the last patch, behind the outliers
     plus = answer(PruMergePlus(keep=None), view).index[0].tolist()
     assert plus == sorted({9, 10, 0, 2, 4, 6, 8})
-    flat = dataclasses.replace(view, at=dict(view.at) | {("cls_attention", -1): torch.full((1, 12), 0.08)})
+    flat = changed(view, {("encoder.cls_attention", -1): torch.full((1, 12), 0.08)})
     assert answer(PruMerge(keep=None), flat).index.tolist() == [[0]]
-    released = dataclasses.replace(
-        view, at={("cls_attention_wide", -1): attention[None], ("encoder_keys", -1): torch.ones(1, 2, 12, 4)}
-    )
+    released = changed(view, {("encoder.cls_attention_wide", -1): attention[None]})
     kept = answer(PruMergePlus(keep=None, variant="release"), released)
     assert kept.index.tolist() == [[9, 10, 0, 2, 4, 6, 8, 7]]  # the best of the dropped stands for them
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import visiontrim as vt
+from peers import rows
 from releases import CACHE, cache_of
 from tiny import IMAGE, ROWS, both_attentions, close, generate, llava, prompts, sample
+from views import changed
 from visiontrim.core.method import DecoderLayer, EncoderLayer, Layers, VisionOutput
-from visiontrim.core.view import Text
+from visiontrim.core.signals import Text
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -91,7 +93,7 @@ def test_windows_above_the_threshold_merge():
 
 def test_the_key_set_is_rounded_up_and_marks_alone():
     attention = torch.tensor([[0.1, 0.4, 0.0, 0.2, 0.3]])
-    view = dataclasses.replace(windows_view(torch.zeros(1, 5, 4), (1, 1, 5)), at={("cls_attention", -1): attention})
+    view = changed(windows_view(torch.zeros(1, 5, 4), (1, 1, 5)), {("encoder.cls_attention", -1): attention})
     keep = of_layers(vt.MustDrop(key=0.21))[1].select(view)
     assert keep.index.tolist() == [[0, 1, 2, 3, 4]]
     assert keep.marked.tolist() == [[False, True, False, False, True]]
@@ -108,15 +110,14 @@ def text_view(tokens: int = 12, batch: int = 2) -> vt.View:
     marked = torch.zeros(batch, tokens, dtype=torch.bool)
     marked[:, [3, 8]] = True
     view = windows_view(torch.zeros(batch, tokens, 4), (1, 1, tokens))
-    return dataclasses.replace(
-        view, text_attention=attention, text=Text(torch.zeros(batch, 5, 4), mask, 1.0), marked=marked
-    )
+    question = Text(torch.zeros(batch, 5, 4), mask, 1.0)
+    return changed(view, {"decoder.text_attention": attention, "text.question": question}, marked=marked)
 
 
 def stays(view: vt.View, image: int, share: float, most: float) -> list[int]:
     """Tokens that the two thresholds do not drop, or that are marked."""
-    rows = [t for t in range(5) if view.text.mask[image, t]]
-    mean = view.text_attention[image].double().mean(0)
+    rows = [t for t in range(5) if view.text.question.mask[image, t]]
+    mean = view.decoder.text_attention[image].double().mean(0)
     sums = [sum(float(mean[t, v]) for t in rows) for v in range(12)]
     peaks = [max(float(mean[t, v]) for t in rows) for v in range(12)]
     kept = [v for v in range(12) if not (sums[v] < share * sum(sums) and peaks[v] < most)]
@@ -127,10 +128,7 @@ def stays(view: vt.View, image: int, share: float, most: float) -> list[int]:
 def test_two_thresholds_and_the_key_set(share, most):
     method, view = vt.MustDrop(keep=None, thresholds=(share, most)), text_view()
     for image in range(2):
-        fields = {name: getattr(view, name)[image : image + 1] for name in ("features", "coordinates", "marked")}
-        fields["text_attention"] = view.text_attention[image : image + 1]
-        text = Text(view.text.tokens[image : image + 1], view.text.mask[image : image + 1], 1.0)
-        one = dataclasses.replace(view, **fields, text=text)
+        one = rows(view, [image])
         expected = stays(view, image, share, most)
         assert 2 < len(expected) < 12
         step = of_layers(method)[2]

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from peers import answer, cosines, make_view, ranked
-from visiontrim.core.view import Text, View
+from views import changed
+from visiontrim.core.signals import Text
+from visiontrim.core.view import View
 from visiontrim.methods import CDPruner, DivPrune, FasterVLM, HiPrune, MMTok, PruneSID, VisPruner
 from visiontrim.methods.prunesid import pick_from_groups
 from visiontrim.ops.coverage import coverage_picks
@@ -28,7 +30,7 @@ def test_fastervlm():
     view = make_view()
     kept = answer(FasterVLM(keep=12), view)
     for b in range(2):
-        assert kept.index[b].tolist() == sorted(ranked(view.cls_attention[b])[:12])
+        assert kept.index[b].tolist() == sorted(ranked(view.encoder.cls_attention[b])[:12])
 
 
 def slow_thin_out(cosine, order, count):
@@ -49,7 +51,7 @@ def test_vispruner(grid, keep, important, seed):
     view = make_view(seed, grid=grid, dim=16)
     kept = answer(VisPruner(keep=keep, important=important), view)
     for b in range(2):
-        order = ranked(view.cls_attention[b])
+        order = ranked(view.encoder.cls_attention[b])
         first = int(keep * important)
         diverse = slow_thin_out(cosines(view.features[b]), order[first:], keep - first)
         assert kept.index[b].tolist() == sorted(order[:first] + diverse)
@@ -75,8 +77,8 @@ def test_vispruner_of_important_tokens_alone_is_fastervlm():
 
 
 def slow_relevance(view: View, b: int):
-    joint = F.normalize(view.joint[b].double(), dim=-1)
-    end = F.normalize(view.text.tokens[b][view.text.ends[b]].double(), dim=-1)
+    joint = F.normalize(view.text.joint_normalised[b].double(), dim=-1)
+    end = F.normalize(view.text.question.tokens[b][view.text.question.ends[b]].double(), dim=-1)
     score = -(joint @ end.mT).mean(-1)
     return (score - score.min() + 1e-6) / (score.max() - score.min())
 
@@ -87,7 +89,7 @@ def test_cdpruner_maximises_the_determinant_greedily(seed):
     kept = answer(CDPruner(keep=8), view)
     for b in range(2):
         relevance = slow_relevance(view, b)
-        unit = F.normalize(view.projected[b].double(), dim=-1)
+        unit = F.normalize(view.encoder.projected[b].double(), dim=-1)
         kernel = relevance[:, None] * (unit @ unit.mT) * relevance
         taken: list[int] = []
         for _ in range(8):
@@ -106,19 +108,19 @@ def test_cdpruner_relevance():
     # one patch: the most relevant one
     assert torch.equal(answer(CDPruner(keep=1), view).index[:, 0], CDPruner().relevance(view).argmax(1))
     # word embeddings have no end token: the mean over words, and a high cosine is relevant
-    words = dataclasses.replace(view, text=dataclasses.replace(view.text, ends=None))
-    cosine = F.normalize(view.joint, dim=-1) @ F.normalize(view.text.tokens, dim=-1).mT
+    words = changed(view, {"text.question": dataclasses.replace(view.text.question, ends=None)})
+    cosine = F.normalize(view.text.joint_normalised, dim=-1) @ F.normalize(view.text.question.tokens, dim=-1).mT
     for b in range(2):
-        score = cosine[b][:, view.text.mask[b]].mean(-1)
+        score = cosine[b][:, view.text.question.mask[b]].mean(-1)
         expected = (score - score.min() + 1e-6) / (score.max() - score.min())
         torch.testing.assert_close(CDPruner().relevance(words)[b], expected)
 
 
 def test_cdpruner_without_a_question_or_with_equal_relevance_is_diversity_alone():
     view = make_view()
-    plain = determinant_picks(F.normalize(view.projected, dim=-1), 12).sort(1).values
-    assert torch.equal(answer(CDPruner(keep=12), dataclasses.replace(view, text=None)).index, plain)
-    same = dataclasses.replace(view, joint=torch.ones_like(view.joint))
+    plain = determinant_picks(F.normalize(view.encoder.projected, dim=-1), 12).sort(1).values
+    assert torch.equal(answer(CDPruner(keep=12), changed(view, {"text.question": None})).index, plain)
+    same = changed(view, {"text.joint_normalised": torch.ones_like(view.text.joint)})
     assert torch.equal(answer(CDPruner(keep=12), same).index, plain)
 
 
@@ -142,10 +144,10 @@ def test_determinants_beat_random_subsets_and_survive_dependent_vectors():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_divprune(seed):
     view = make_view(seed)
-    order = max_min_picks(view.projected, 12)
+    order = max_min_picks(view.encoder.projected, 12)
     kept = answer(DivPrune(keep=12), view)
     for b in range(2):
-        cosine = cosines(view.projected[b])
+        cosine = cosines(view.encoder.projected[b])
         distance = [[1 - c for c in row] for row in cosine]
         lonely = [sorted(distance[i][j] for j in range(42) if j != i)[0] for i in range(42)]
         taken = [ranked(lonely)[0]]
@@ -199,10 +201,10 @@ def slow_prunesid(x, group, score, count):
 def test_prunesid_picks_from_groups(count, seed):
     view = make_view(seed)
     group = torch.randint(max(1, count // 4), (2, 42), generator=torch.Generator().manual_seed(seed))
-    kept = pick_from_groups(view.features, group, view.cls_attention, count, by_group=True)
-    raster = pick_from_groups(view.features, group, view.cls_attention, count, by_group=False)
+    kept = pick_from_groups(view.features, group, view.encoder.cls_attention, count, by_group=True)
+    raster = pick_from_groups(view.features, group, view.encoder.cls_attention, count, by_group=False)
     for b in range(2):
-        groups = slow_prunesid(view.features[b], group[b].tolist(), view.cls_attention[b], count)
+        groups = slow_prunesid(view.features[b], group[b].tolist(), view.encoder.cls_attention[b], count)
         assert kept.index[b].tolist() == [i for rank in groups for i in rank]
         assert raster.index[b].tolist() == sorted(kept.index[b].tolist())
         assert all(len(rank) >= 1 for g, rank in enumerate(groups) if g in group[b])
@@ -216,7 +218,7 @@ def test_prunesid_groups_by_principal_components(variant):
         squashed = view.features[b].double().sigmoid()
         centred = squashed - squashed.mean(1 if variant == "release" else 0, keepdim=True)
         loading = torch.linalg.svd(centred.mT)[2][:3].abs()  # rows: directions over the 42 patches
-        score = view.cls_attention[b] if variant == "release" else loading.amax(0)
+        score = view.encoder.cls_attention[b] if variant == "release" else loading.amax(0)
         groups = slow_prunesid(view.features[b], loading.argmax(0).tolist(), score, 12)
         index = [i for rank in groups for i in rank]
         assert kept.index[b].tolist() == (index if variant == "release" else sorted(index))
@@ -225,7 +227,7 @@ def test_prunesid_groups_by_principal_components(variant):
 def test_prunesid_of_one_group_without_suppression_is_fastervlm():
     view = make_view()
     alike = dataclasses.replace(view, features=view.features + 1000)  # a mean cosine of 1, so a threshold above 1
-    kept = pick_from_groups(alike.features, torch.zeros(2, 42).long(), view.cls_attention, 36, by_group=False)
+    kept = pick_from_groups(alike.features, torch.zeros(2, 42).long(), view.encoder.cls_attention, 36, by_group=False)
     assert torch.equal(kept.index, answer(FasterVLM(keep=36), view).index)
 
 
@@ -248,7 +250,7 @@ def test_hiprune(variant, share, seed):
     view = make_view(seed)
     kept = answer(HiPrune(keep=20, middle=1, share=share, variant=variant), view)
     for b in range(2):
-        anchors = ranked(view.at["column_attention", 1][b])[: round(20 * share / 5)]
+        anchors = ranked(view.encoder["column_attention", 1][b])[: round(20 * share / 5)]
         protected = set(anchors)
         for i in anchors:
             if variant == "release":
@@ -257,7 +259,7 @@ def test_hiprune(variant, share, seed):
                 row, column = divmod(i, 7)
                 around = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
                 protected |= {r * 7 + c for r, c in around if 0 <= r < 6 and 0 <= c < 7}
-        deep = view.column_attention[b].clone()
+        deep = view.encoder.column_attention[b].clone()
         deep[list(protected)] -= 1
         registers = ranked(deep)[: 20 - len(protected)]
         assert kept.index[b].tolist() == sorted([*protected, *registers])
@@ -266,11 +268,8 @@ def test_hiprune(variant, share, seed):
 def test_anchors_of_hiprune_at_the_published_budgets():
     columns = torch.zeros(1, 576)
     columns[0, [30, 100, 300, 500, 550]] = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1])
-    view = dataclasses.replace(
-        make_view(grid=(1, 24, 24), batch=1),
-        at={("column_attention", 8): columns},
-        column_attention=torch.zeros(1, 576),
-    )
+    middle, deep = ("encoder.column_attention", 8), "encoder.column_attention"
+    view = changed(make_view(grid=(1, 24, 24), batch=1), {middle: columns, deep: torch.zeros(1, 576)})
     for keep, anchors in ((192, 4), (128, 3), (64, 1)):
         kept = set(answer(HiPrune(keep=keep), view).index[0].tolist())
         for anchor in (30, 100, 300, 500)[:anchors]:
@@ -278,9 +277,7 @@ def test_anchors_of_hiprune_at_the_published_budgets():
         assert (500 in kept) == (anchors == 4)
     corner = torch.zeros(1, 576)
     corner[0, 23] = 1.0  # the end of the first row: 24 begins the second
-    view = dataclasses.replace(
-        view, at={("column_attention", 8): corner}, column_attention=-torch.arange(576.0)[None] / 576
-    )
+    view = changed(view, {middle: corner, deep: -torch.arange(576.0)[None] / 576})
     assert answer(HiPrune(keep=8, share=0.6), view).index[0].tolist() == [0, 1, 2, 3, 4, 22, 23, 47]
     assert answer(HiPrune(keep=8, share=0.6, variant="release"), view).index[0].tolist() == [0, 1, 2, 3, 22, 23, 24, 47]
 
@@ -294,9 +291,11 @@ def slow_coverage(view: View, b: int, weight: float):
         return (cosine / temperature).softmax(-1) / len(left)
 
     of_patches = weight * rows(view.features[b], view.features[b], 0.2)
-    if view.words is None:
+    if "words" not in view.text:
         return of_patches
-    return torch.cat([rows(view.words.tokens[b][view.words.mask[b]], view.projected[b], 0.02), of_patches])
+    return torch.cat(
+        [rows(view.text.words.tokens[b][view.text.words.mask[b]], view.encoder.projected[b], 0.02), of_patches]
+    )
 
 
 def covered(coverage, chosen):
@@ -323,12 +322,12 @@ def test_mmtok(weight, seed):
 
 def test_mmtok_without_a_question_covers_the_image():
     view = make_view()
-    silent = answer(MMTok(keep=12), dataclasses.replace(view, words=None))
+    silent = answer(MMTok(keep=12), changed(view, {"text.words": None}))
     heavy = answer(MMTok(keep=12, image_weight=1e6), view)
     assert torch.equal(silent.index, heavy.index)
     assert not torch.equal(silent.index, answer(MMTok(keep=12), view).index)
-    empty = Text(view.words.tokens, torch.zeros_like(view.words.mask), 100.0)
-    assert torch.equal(silent.index, answer(MMTok(keep=12), dataclasses.replace(view, words=empty)).index)
+    empty = Text(view.text.words.tokens, torch.zeros_like(view.text.words.mask), 100.0)
+    assert torch.equal(silent.index, answer(MMTok(keep=12), changed(view, {"text.words": empty})).index)
 
 
 def test_coverage_by_hand_and_near_the_best():

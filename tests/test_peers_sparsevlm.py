@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 import visiontrim as vt
 from language import left_by, mean, random, seen_by
 from tiny import close, generate, llava, prompts
-from visiontrim.core.view import Sides, Text
+from views import changed
+from visiontrim.core.signals import Sides, Text
 from visiontrim.methods.sparsevlm import raters
 from visiontrim.ops.recycle import density_peaks
 
@@ -71,10 +71,10 @@ def test_raters_by_hand():
 def test_sparsevlm_scores_are_the_raters_rows():
     step = vt.SparseVLM(keep=(4, 2, 1)).steps()[0]
     view = seen_by(step, 9, images=2)
-    rating = raters(view.embeddings, view.text)
+    rating = raters(view.decoder.embeddings, view.text.question)
     score = step.method.score(view)
     for image in range(2):
-        rows = [view.text_attention[image, :, t].double().mean(0) for t in range(7) if rating[image, t]]
+        rows = [view.decoder.text_attention[image, :, t].double().mean(0) for t in range(7) if rating[image, t]]
         close(score[image].double(), torch.stack(rows).mean(0), 1e-6)
 
 
@@ -87,15 +87,16 @@ def test_sparsevlm_plus_divides_by_what_positions_give():
         return torch.cat([turned.cos(), turned.sin()], -1)[None]
 
     view = seen_by(step, 9)
-    view = replace(view, rotary=Sides(rotary(torch.arange(9.0)), rotary(torch.arange(10.0, 17.0))))
-    rows = raters(view.embeddings, view.text)[0].nonzero()[:, 0].tolist()
+    both = Sides(rotary(torch.arange(9.0)), rotary(torch.arange(10.0, 17.0)))
+    view = changed(view, {"decoder.rotary": both})
+    rows = raters(view.decoder.embeddings, view.text.question)[0].nonzero()[:, 0].tolist()
     corrected = torch.zeros(2, 9, dtype=torch.float64)
     for head in range(2):
         for v in range(9):
             for t in rows:
                 # an all-ones query and key, rotated: 2 cos(angle (10 + t - v)) for each pair of dimensions
                 by_position = sum(2 * math.cos(angle * (10 + t - v)) for angle in (1.0, 0.1)) / math.sqrt(4)
-                corrected[head, v] += float(view.text_attention[0, head, t, v]) / by_position / len(rows)
+                corrected[head, v] += float(view.decoder.text_attention[0, head, t, v]) / by_position / len(rows)
     wanted = corrected[corrected.sum(1).argmax()]
     torch.testing.assert_close(step.method.score(view)[0].double(), wanted, rtol=1e-3, atol=1e-4)
     assert step.select(view).features is None

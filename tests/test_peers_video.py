@@ -16,6 +16,7 @@ import families
 import visiontrim as vt
 from families import Prompts
 from peers import answer, make_view, ranked, rows
+from views import changed
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Layers
 from visiontrim.core.registry import load_method
@@ -50,7 +51,7 @@ def video_view(seed=0, grid=(4, 3, 4), batch=2, dim=8):
     start = torch.randn(batch, 1, places, 9, generator=generator)
     speed = 2 * torch.rand(batch, 1, places, 1, generator=generator).square()
     drift = torch.randn(batch, frames, places, 9, generator=generator).cumsum(1)
-    return dataclasses.replace(view, projected=(start + speed * drift).flatten(1, 2))
+    return changed(view, {"encoder.projected": (start + speed * drift).flatten(1, 2)})
 
 
 def cosine(a, b):
@@ -112,8 +113,8 @@ def test_images_and_odd_numbers_of_frames(method):
 @every_method
 def test_a_video_that_stands_still(method):
     view = video_view()
-    still = view.projected[:, :12].repeat(1, 4, 1)
-    half = dataclasses.replace(view, projected=still.bfloat16(), features=view.features.bfloat16())
+    still = view.encoder.projected[:, :12].repeat(1, 4, 1)
+    half = changed(view, {"encoder.projected": still.bfloat16()}, features=view.features.bfloat16())
     for keep in (3, 20, 40):
         kept = answer(dataclasses.replace(method, keep=keep), half)
         assert all(len(set(row)) == keep for row in kept.index.tolist())
@@ -151,14 +152,14 @@ def test_options_are_checked(build, message):
 def test_evs(seed, keep):
     view = video_view(seed)
     kept = answer(EVS(keep=keep), view)
-    for b, x in enumerate(view.projected):
+    for b, x in enumerate(view.encoder.projected):
         change = [255.0] * 12 + [1 - cosine(x[i], x[i - 12]) for i in range(12, 48)]
         assert kept.index[b].tolist() == sorted(ranked(change)[:keep])
 
 
 def test_evs_of_a_still_video_keeps_the_first_frame_and_the_earliest_ties():
     view = video_view()
-    still = dataclasses.replace(view, projected=torch.eye(9)[torch.arange(12) % 9].repeat(4, 1).expand(2, -1, -1))
+    still = changed(view, {"encoder.projected": torch.eye(9)[torch.arange(12) % 9].repeat(4, 1).expand(2, -1, -1)})
     assert answer(EVS(keep=15), still).index[0].tolist() == list(range(15))
     assert answer(EVS(keep=2), still).index[0].tolist() == [5, 7]  # a lattice of the first frame
 
@@ -171,7 +172,7 @@ def test_evs_of_a_still_video_keeps_the_first_frame_and_the_earliest_ties():
 def test_dycoke(variant, frames):
     view, share = video_view(grid=(frames, 3, 4)), 4
     expected = [[], []]
-    for b, x in enumerate(view.projected.view(2, frames, 12, 9)):
+    for b, x in enumerate(view.encoder.projected.view(2, frames, 12, 9)):
         for frame in range(frames):
             first = frame - frame % 4
             third_is_pruned = variant == "paper" or first in range(0, frames - 4, 4)
@@ -207,7 +208,7 @@ def test_vidcom2(seed, keep):
     view = video_view(seed)
     kept = answer(VidCom2(keep=keep), view)
     for b in range(2):
-        x = view.projected[b].double()
+        x = view.encoder.projected[b].double()
         variance = [float(x[:, c].var(correction=0)) for c in range(9)]
         steady = sorted(range(9), key=lambda c: variance[c])[:4]
         x = F.normalize(x[:, steady], dim=-1)
@@ -234,17 +235,17 @@ def test_vidcom2_moves_at_most_one_frames_worth():
     common, other = torch.randn(2, 16, generator=generator)
     x = (common + 0.1 * torch.randn(8, 64, 16, generator=generator)).clone()
     x[3] = other + 0.1 * torch.randn(64, 16, generator=generator)
-    view = dataclasses.replace(make_view(grid=(8, 8, 8), batch=1), projected=x.view(1, 512, 16))
+    view = changed(make_view(grid=(8, 8, 8), batch=1, width=16), {"encoder.projected": x.view(1, 512, 16)})
     kept = answer(VidCom2(keep=0.25), view).index[0]
     assert torch.bincount(kept // 64).tolist() == [14, 14, 14, 30, 14, 14, 14, 14]
     assert torch.equal(
-        answer(VidCom2(keep=0.25), dataclasses.replace(view, projected=7 * view.projected)).index[0], kept
+        answer(VidCom2(keep=0.25), changed(view, {"encoder.projected": 7 * view.encoder.projected})).index[0], kept
     )
 
 
 def test_vidcom2_gives_equal_frames_equal_counts():
     view = video_view()
-    still = dataclasses.replace(view, projected=view.projected[:, :12].repeat(1, 4, 1))
+    still = changed(view, {"encoder.projected": view.encoder.projected[:, :12].repeat(1, 4, 1)})
     kept = answer(VidCom2(keep=20), still).index.view(2, 4, 5)
     assert torch.equal(kept, kept[:, :1] + 12 * torch.arange(4)[:, None])
 
@@ -303,9 +304,8 @@ def test_holitom_by_hand(keep):
     moving = basis[6:12].view(3, 2, 16)
     x = torch.cat([still, moving], 1)
     score = torch.rand(3, 8, generator=generator) / 8
-    view = dataclasses.replace(
-        make_view(grid=(3, 2, 4), batch=1), projected=x.view(1, 24, 16), column_attention=score.view(1, 24)
-    )
+    signals = {"encoder.projected": x.view(1, 24, 16), "encoder.column_attention": score.view(1, 24)}
+    view = changed(make_view(grid=(3, 2, 4), batch=1, width=16), signals)
     kept = answer(HoliTom(keep=keep), view)
     if keep == 24:
         assert kept.projected is None
@@ -328,7 +328,7 @@ def test_holitom_by_hand(keep):
     where = centres.index(nearest)
     expected[where] = 0.6 * mean[nearest] + 0.4 * (mean[nearest] + mean[left]) / 2
     torch.testing.assert_close(kept.projected[0, :5].double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(kept.projected[0, 5:], view.projected[0, dynamic])
+    assert torch.equal(kept.projected[0, 5:], view.encoder.projected[0, dynamic])
     ordinal = {token: number for number, token in enumerate(centres + dynamic)}
     of_static = [ordinal.get(centre, where) for centre in range(6)]
     of_frames = [[*of_static, ordinal.get(8 * t + 6, -1), ordinal.get(8 * t + 7, -1)] for t in range(3)]
@@ -338,12 +338,12 @@ def test_holitom_by_hand(keep):
 
 def test_holitom_above_what_merging_leaves_keeps_absorbed_tokens_beside():
     view = video_view()
-    still = dataclasses.replace(view, projected=view.projected[:, :12].repeat(1, 4, 1))
+    still = changed(view, {"encoder.projected": view.encoder.projected[:, :12].repeat(1, 4, 1)})
     kept = answer(HoliTom(keep=15), still)
     for b in range(2):
-        beside = [12 + i for i in ranked(view.column_attention[b, 12:])[:3]]
+        beside = [12 + i for i in ranked(view.encoder.column_attention[b, 12:])[:3]]
         assert kept.index[b].tolist() == [*range(12), *sorted(beside)]
-    torch.testing.assert_close(kept.projected, gather(still.projected, kept.index))
+    torch.testing.assert_close(kept.projected, gather(still.encoder.projected, kept.index))
 
 
 def test_holitom_without_static_places_keeps_what_receives_most():
@@ -351,10 +351,12 @@ def test_holitom_without_static_places_keeps_what_receives_most():
     kept = answer(HoliTom(keep=20, threshold=1.01), view)
     for b in range(2):
         expected = [
-            12 * t + i for t in range(4) for i in sorted(ranked(view.column_attention[b, 12 * t : 12 * t + 12])[:5])
+            12 * t + i
+            for t in range(4)
+            for i in sorted(ranked(view.encoder.column_attention[b, 12 * t : 12 * t + 12])[:5])
         ]
         assert kept.index[b].tolist() == expected
-    assert torch.equal(kept.projected, gather(view.projected, kept.index))
+    assert torch.equal(kept.projected, gather(view.encoder.projected, kept.index))
 
 
 def test_inner_merging_halves_in_turn():
@@ -394,7 +396,7 @@ def test_fastvid(members, frames):
     kept = answer(FastVID(keep=keep, segments=1, threshold=-1.0, members=members), view)
     used = [t for t in range(frames) if (frames - 1 - t) % 4 == 0]
     for b in range(2):
-        x, a = view.projected[b].double().view(frames, 12, 9), view.cls_attention[b].view(frames, 12)
+        x, a = view.encoder.projected[b].double().view(frames, 12, 9), view.encoder.cls_attention[b].view(frames, 12)
         salient = {(t, p) for t in range(frames) for p in ranked(a[t])[:3]}
         wanted = [2 * frames // len(used) + (place < 2 * frames % len(used)) for place in range(len(used))]
         anchors = {
@@ -436,23 +438,23 @@ def test_fastvid_published_counts_and_limits():
     assert int(kept.complement.sum()) == 32 * 7
     only = answer(FastVID(keep=20, context=0.0), video_view())
     for b in range(2):
-        a = video_view().cls_attention[b].view(4, 12)
+        a = video_view().encoder.cls_attention[b].view(4, 12)
         assert only.index[b].tolist() == [12 * t + p for t in range(4) for p in sorted(ranked(a[t])[:5])]
-    assert torch.equal(only.projected, gather(video_view().projected, only.index))
+    assert torch.equal(only.projected, gather(video_view().encoder.projected, only.index))
     selected = answer(FastVID(keep=20, beta=1.0), video_view())
-    assert torch.equal(selected.projected, gather(video_view().projected, selected.index))
+    assert torch.equal(selected.projected, gather(video_view().encoder.projected, selected.index))
 
 
 def test_fastvid_of_a_still_video_absorbs_equals():
     """One token a place: every anchor absorbs only tokens equal to itself."""
     frame = torch.eye(9)[torch.arange(9)]
-    view = dataclasses.replace(make_view(grid=(4, 3, 3), batch=1), projected=frame.repeat(4, 1)[None])
-    scores = view.cls_attention.view(4, 9)[:1].repeat(4, 1).view(1, 36)
-    view = dataclasses.replace(view, cls_attention=scores)
+    view = changed(make_view(grid=(4, 3, 3), batch=1), {"encoder.projected": frame.repeat(4, 1)[None]})
+    scores = view.encoder.cls_attention.view(4, 9)[:1].repeat(4, 1).view(1, 36)
+    view = changed(view, {"encoder.cls_attention": scores})
     kept = answer(FastVID(keep=20, segments=1, context=1.0), view)
     last = kept.index[0] // 9 == 3
     assert int((kept.complement[0] & last).sum()) == 9  # the one anchor frame has no room for more
-    torch.testing.assert_close(kept.projected, gather(view.projected, kept.index))
+    torch.testing.assert_close(kept.projected, gather(view.encoder.projected, kept.index))
 
 
 # ST-GridPool
@@ -498,7 +500,7 @@ def test_norm_pooling(norm):
     for b, cell in itertools.product(range(2), range(12)):
         frame, row, column = cell // 4, cell % 4 // 2 * 2, cell % 2 * 2
         members = [16 * frame + 4 * r + c for r in (row, row + 1) for c in (column, column + 1)]
-        x = view.projected[b, members].double()
+        x = view.encoder.projected[b, members].double()
         weight = (2 * x.norm(dim=-1) / (3 if norm == "rms" else 1)).softmax(0)
         torch.testing.assert_close(kept.projected[b, cell].double(), weight @ x, rtol=1e-5, atol=1e-6)
         assert kept.assignment[b, members].tolist() == [cell] * 4
@@ -508,7 +510,7 @@ def test_norm_pooling_of_equal_tokens_averages_and_odd_grids_lose_nothing():
     assert answer(STGridPool(keep=169), video_view(grid=(1, 27, 27))).index.shape == (2, 169)
     view = video_view(grid=(2, 4, 4))
     plain = answer(STGridPool(keep=0.25, beta=0.0), view).projected
-    means = view.projected.view(2, 2, 2, 2, 2, 2, 9).mean((3, 5)).view(2, 8, 9)
+    means = view.encoder.projected.view(2, 2, 2, 2, 2, 2, 9).mean((3, 5)).view(2, 8, 9)
     torch.testing.assert_close(plain, means)
     cells = torch.tensor([0, 0, 1, 1, 1])
     values, logits = torch.arange(5.0).view(1, 5, 1), torch.tensor([[0.0, math.log(3.0), 5.0, 5.0, 5.0]])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from peers import EVERY, answer, make_view, rows
+from views import changed, showing, signals_of
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, VisionOutput
 from visiontrim.core.registry import load_method
-from visiontrim.core.view import View
+from visiontrim.core.signals import MissingSignal, Signal
 from visiontrim.methods import (
     CDPruner,
     HiPrune,
@@ -26,7 +29,6 @@ from visiontrim.methods import (
 from visiontrim.ops.select import gather
 
 every_method = pytest.mark.parametrize("method", EVERY, ids=str)
-SIGNALS = {f.name for f in dataclasses.fields(View) if f.default is None} - {"whole"}
 RASTER = {"avgpool", "cdpruner", "divprune", "fastervlm", "hiprune", "mmtok", "vscan", "vispruner"}
 
 
@@ -70,17 +72,12 @@ def test_keeping_everything_changes_nothing(method):
 @every_method
 def test_answer_is_pure_and_reads_what_it_needs(method):
     view, method = make_view(), keeping(method, 12)
-    before = dataclasses.asdict(view)
+    before = copy.deepcopy(view)
     kept = answer(method, view)
-    needs = {"joint" if need == "joint_normalised" else need for need in method.steps()[0].needs}
-    bare = dataclasses.replace(
-        view,
-        **{name: None for name in SIGNALS if name not in needs},
-        at={pair: value for pair, value in view.at.items() if pair in needs},
-    )
-    assert same(kept, answer(method, bare))
-    after = dataclasses.asdict(view)
-    assert all(torch.equal(after[name], before[name]) for name in ("features", "projected", "cls_attention"))
+    assert same(kept, answer(method, showing(view, method.steps()[0].needs)))
+    assert torch.equal(view.features, before.features)
+    for name in ("projected", "cls_attention"):
+        assert torch.equal(view.encoder[name], before.encoder[name])
 
 
 @every_method
@@ -98,7 +95,7 @@ def test_a_batch_equals_its_images(method):
 @every_method
 def test_half_precision_gives_half_precision(method):
     view = make_view()
-    half = dataclasses.replace(view, features=view.features.bfloat16(), projected=view.projected.bfloat16())
+    half = changed(view, {"encoder.projected": view.encoder.projected.bfloat16()}, features=view.features.bfloat16())
     kept = answer(keeping(method, 12), half)
     assert all(part is None or part.dtype == torch.bfloat16 for part in (kept.features, kept.projected))
 
@@ -111,12 +108,8 @@ def test_images_of_one_colour(method):
     def flat(value):
         return torch.full_like(value, 0.02)
 
-    signals = ("cls_attention", "column_attention", "encoder_keys", "projected", "features", "joint")
-    view = dataclasses.replace(
-        view,
-        **{name: flat(getattr(view, name)) for name in signals},
-        at={pair: flat(value) for pair, value in view.at.items()},
-    )
+    signals = {signal: flat(value) for signal, value in signals_of(view).items() if isinstance(value, torch.Tensor)}
+    view = changed(view, signals, features=flat(view.features))
     kept = answer(keeping(method, 12), view)
     assert all(len(set(row)) == 12 for row in kept.index.tolist())
     assert kept.features is None or torch.isfinite(kept.features).all()
@@ -135,27 +128,24 @@ def test_methods_can_be_written_down(method):
 @pytest.mark.parametrize("name", ["fastervlm", "visionzip", "vispruner", "prumerge"])
 def test_without_cls_the_attention_received_ranks(name):
     view = make_view()
-    bare = dataclasses.replace(
-        view,
-        cls_attention=None,
-        received_attention=view.cls_attention,
-        at={
-            ("received_attention", -1): view.at["cls_attention", -1],
-            ("encoder_keys", -1): view.at["encoder_keys", -1],
-        },
-    )
+    instead: dict[Signal, object] = {"encoder.received_attention": view.encoder.cls_attention}
+    instead[("encoder.received_attention", -1)] = view.encoder["cls_attention", -1]
+    none: dict[Signal, object] = {"encoder.cls_attention": None, ("encoder.cls_attention", -1): None}
+    bare = changed(view, none | instead)
     method = load_method(name, keep=12)
     assert same(answer(method, bare), answer(method, view))
-    with pytest.raises(TrimError, match="gives no attention scores"):
-        answer(method, dataclasses.replace(bare, received_attention=None, at={}))
+    with pytest.raises(TrimError, match=r"does not give the signal .*'encoder\.cls_attention'"):
+        answer(method, changed(bare, dict.fromkeys(instead)))
 
 
 def test_missing_signals_are_named():
-    for method, name in ((VisionZip(keep=12), "encoder_keys"), (CDPruner(keep=12), "projected")):
-        with pytest.raises(TrimError, match=f"'{name}'"):
-            answer(method, dataclasses.replace(make_view(), **{name: None}))
-    with pytest.raises(TrimError, match="'cls_attention_wide'"):
-        answer(PruMerge(keep=12, variant="release"), dataclasses.replace(make_view(), at={}))
+    for method, signal in (
+        (VisionZip(keep=12), "encoder.keys"),
+        (CDPruner(keep=12), "encoder.projected"),
+        (PruMerge(keep=12, variant="release"), ("encoder.cls_attention_wide", -1)),
+    ):
+        with pytest.raises(MissingSignal, match=re.escape(repr(signal))):
+            answer(method, changed(make_view(), {signal: None}))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +180,7 @@ def test_stages_of_vscan():
     vision, language = VScan(keep=64).steps()
     assert (vision.site, language.site) == (VisionOutput(), DecoderLayer(16))
     assert VScan(stages="vision").steps() == (dataclasses.replace(vision, method=VScan(stages="vision")),)
-    assert language.needs == {"next_attention"}
+    assert language.needs == {"decoder.next_attention"}
 
 
 def same(a, b) -> bool:

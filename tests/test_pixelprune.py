@@ -39,7 +39,14 @@ def view_of(colours: Tensor) -> vt.View:
     total = rows * columns
     pixels = colours.view(1, total, 1, 1)
     places = torch.zeros(1, total, 3, dtype=torch.long)
-    return vt.View(torch.zeros(1, total, 2), places, (1, rows, columns), total, 4, pixels=pixels, colours=pixels)
+    return vt.View(
+        torch.zeros(1, total, 2),
+        places,
+        (1, rows, columns),
+        total,
+        4,
+        encoder=vt.EncoderSignals(pixels=pixels, colours=pixels),
+    )
 
 
 def kept_of(colours: Tensor, **options) -> list[int]:
@@ -298,9 +305,11 @@ def test_distances_need_a_processor():
 def test_before_the_first_layer_there_is_no_attention():
     @dataclass(frozen=True)
     class Keys(vt.PixelPrune):
-        needs: ClassVar[frozenset] = frozenset({"encoder_keys"})  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs: ClassVar[frozenset] = frozenset({"encoder.keys"})  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    with pytest.raises(vt.TrimError, match="reads encoder_keys, which there is none of before the first encoder layer"):
+    with pytest.raises(
+        vt.TrimError, match=r"reads encoder\.keys, which there is none of before the first encoder layer"
+    ):
         vt.trim(model_of("qwen2_vl"), Keys())
 
 

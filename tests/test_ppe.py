@@ -239,7 +239,7 @@ def test_clusters(grid, count, shares):
     view = make_view(grid=grid)
     kept, places = answer(vt.PPE(keep=count), view), grid[1] * grid[2]
     for b in range(2):
-        x, centres = view.projected[b].double(), kept.index[b].tolist()
+        x, centres = view.encoder.projected[b].double(), kept.index[b].tolist()
         assert centres == sorted(set(centres))
         assert [sum(c // places == frame for c in centres) for frame in range(grid[0])] == shares
         for token, output in enumerate(kept.assignment[b].tolist()):

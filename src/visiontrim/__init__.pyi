@@ -12,9 +12,13 @@ from visiontrim.core.method import VisionOutput as VisionOutput
 from visiontrim.core.registry import list_methods as list_methods
 from visiontrim.core.registry import load_method as load_method
 from visiontrim.core.registry import register as register
+from visiontrim.core.signals import DecoderSignals as DecoderSignals
+from visiontrim.core.signals import EncoderSignals as EncoderSignals
+from visiontrim.core.signals import Sides as Sides
+from visiontrim.core.signals import Text as Text
+from visiontrim.core.signals import TextSignals as TextSignals
 from visiontrim.core.view import Glance as Glance
 from visiontrim.core.view import Keep as Keep
-from visiontrim.core.view import Text as Text
 from visiontrim.core.view import View as View
 from visiontrim.methods import (
     ADSC as ADSC,

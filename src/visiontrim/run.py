@@ -14,6 +14,7 @@ from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method, Positions, VisionOutput
 from visiontrim.core.registry import load_method
+from visiontrim.core.signals import TextSignals
 from visiontrim.core.trace import Trace
 from visiontrim.engine.context import Clock
 from visiontrim.engine.contract import facts
@@ -188,7 +189,8 @@ class Run:
 
 def _reads_question(method: Method) -> bool:
     """Whether a step needs the question before the language model, in whose prompt it is, is reached."""
-    return any(isinstance(step.site, VisionOutput) and "text" in step.needs for step in method.steps())
+    of_text = (TextSignals.among(step.needs) for step in method.steps() if isinstance(step.site, VisionOutput))
+    return any(names - {"words"} for names in of_text)
 
 
 def _guidance(

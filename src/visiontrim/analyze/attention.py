@@ -29,10 +29,12 @@ from torch import Tensor
 from visiontrim.ask import Speaker
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Site, Step, VisionOutput
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.engine.probe import AttentionProbe, Listener
 from visiontrim.evaluate.asking import encode
 from visiontrim.evaluate.suites import Item
+from visiontrim.methods.base import cls_attention
 from visiontrim.models.family import Family, family_of
 from visiontrim.ops.attention import attention_rows
 from visiontrim.run import trim
@@ -67,12 +69,11 @@ class _Look(Step):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"cls_attention"})
+        return frozenset({"encoder.cls_attention"})
 
     def select(self, view: View) -> Keep:
-        attention = view.cls_attention if view.cls_attention is not None else view.received_attention
-        if attention is not None:
-            self.seen.append(attention[0].float())
+        if {"cls_attention", "received_attention"} & set(view.encoder):
+            self.seen.append(cls_attention(view)[0])
         return Keep.everything(view)
 
     def __str__(self) -> str:

@@ -12,7 +12,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.view import Glance, Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Glance, Keep, View
 
 Positions = Literal["keep", "compact", "members", "unmerged"]
 """Position ids of survivors: their own (gaps stay), consecutive ones, for merged ones those of several members, or in

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.view import Signal
+from visiontrim.core.signals import Key
 from visiontrim.engine.groups import Group, Placed
 from visiontrim.engine.inside import Inside
 from visiontrim.engine.upstream import Cache
@@ -42,7 +42,7 @@ class Encoding:
 
     kind: Kind
     arguments: Arguments
-    heard: dict[Signal, list[Tensor]] = field(default_factory=dict)
+    heard: dict[Key, list[Tensor]] = field(default_factory=dict)
     """Signals of the encoder, [patches, ...] of one chunk after the other."""
     last_hidden: Tensor | None = None
     selected: Selected | None = None
@@ -51,7 +51,7 @@ class Encoding:
     """Its segments, once somebody asked."""
     inside: Inside | None = None
     """What was merged so far between the encoder's layers, once a step between them has seen the tokens."""
-    between: dict[Signal, list[Tensor]] = field(default_factory=dict)
+    between: dict[Key, list[Tensor]] = field(default_factory=dict)
     """Signals [patches, ...] for the next step between the encoder's layers."""
 
     @property

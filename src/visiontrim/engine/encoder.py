@@ -18,7 +18,8 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
-from visiontrim.core.view import Signal, View
+from visiontrim.core.signals import EncoderSignals, Key
+from visiontrim.core.view import View
 from visiontrim.engine.call import Call, Encoding
 from visiontrim.engine.context import Context
 from visiontrim.engine.inside import Inside
@@ -26,7 +27,7 @@ from visiontrim.engine.pack import gather
 from visiontrim.engine.placing import placed
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.select import checked_select
-from visiontrim.engine.signals import HEARD, PIXELS, encoder_signals, pixel_signals
+from visiontrim.engine.signals import ALWAYS, BETWEEN, PIXELS, check_needs, encoder_signals, pixel_signals
 from visiontrim.engine.survivors import Merging, Survivors, coordinates
 from visiontrim.models.family import Family
 
@@ -58,11 +59,10 @@ class EncoderStage:
                     f"{step} weighs attention by mass, which {which} cannot do: set proportional=false"
                     + (", or load the model with attn_implementation='sdpa'" if family.masked else "")
                 )
-            heard = frozenset() if index == 0 else HEARD
-            if unknown := step.needs - heard - PIXELS:
-                where = "before the first encoder layer" if index == 0 else "in the encoder"
-                raise TrimError(f"{step} reads {', '.join(map(str, unknown))}, which there is none of {where}")
-            if "colours" in step.needs and deviation is None:
+            given = PIXELS | ALWAYS | (BETWEEN if index else frozenset())
+            where = "in the encoder" if index else "before the first encoder layer"
+            check_needs(step, {EncoderSignals.spelled(name) for name in given}, where)
+            if "encoder.colours" in step.needs and deviation is None:
                 raise TrimError(
                     f"{step} compares colours in [0, 1], but how the model's processor normalised them is not known: "
                     "pass processor="
@@ -77,7 +77,7 @@ class EncoderStage:
             hook = functools.partial(self._before_layer, index)
             removers.append(self._layers[index].register_forward_pre_hook(hook, with_kwargs=True))
         for index, step in self._steps.items():
-            if step.needs & HEARD:
+            if EncoderSignals.among(step.needs) & BETWEEN:
                 module = family.attentions("image")[index - 1]
                 removers.append(AttentionProbe(module, functools.partial(self._hear, step)))
         if family.mergers("image"):
@@ -125,14 +125,14 @@ class EncoderStage:
         inside = encoding.inside or self._begin(call, encoding)
         patches = hidden if inside.packing is not None else hidden[:, special:].flatten(0, 1)
         tokens = [group.flatten(2) for group in inside.tokens(patches)]
-        heard: dict[Signal, list[Tensor]] = {
+        heard: dict[Key, list[Tensor]] = {
             name: inside.tokens(torch.cat(parts)) for name, parts in encoding.between.items()
         }
         encoding.between = {}
-        pixels = pixel_signals(inside, encoding, step.needs, self._deviation)
+        pixels = pixel_signals(inside, encoding, EncoderSignals.among(step.needs), self._deviation)
         keeps, outputs = [], []
         for number, features in enumerate(tokens):
-            signals: dict[Signal, Tensor] = {name: values[number].mean(2) for name, values in heard.items()}
+            signals: dict[Key, Tensor] = {name: values[number].mean(2) for name, values in heard.items()}
             signals |= {name: values[number] for name, values in pixels.items()}
             keep = checked_select(step, self._view(encoding, inside, number, features, signals))
             keeps.append(keep)
@@ -151,10 +151,12 @@ class EncoderStage:
         inside: Inside,
         number: int,
         features: Float[Tensor, "images tokens dim"],
-        signals: dict[Signal, Tensor],
+        signals: dict[Key, Tensor],
     ) -> View:
         assert encoding.placed is not None
         merging, part = inside.merging[number], encoding.placed[number].group.part
+        seen = {name: _as_seen(name, value) for name, value in signals.items()}
+        box = {} if merging.lattice is None else {"lattice": merging.lattice}
         return View(
             features=features,
             coordinates=coordinates(merging.now.index, merging.grid),
@@ -163,11 +165,8 @@ class EncoderStage:
             num_layers=len(self._family.language_model.layers),
             whole=part.whole,
             before=part.before,
-            mass=merging.mass,
-            lattice=merging.lattice,
             marked=merging.now.marked,
-            unit=inside.unit,
-            **{str(name): _as_seen(name, value) for name, value in signals.items()},  # pyright: ignore[reportArgumentType]
+            encoder=EncoderSignals(seen, mass=merging.mass, unit=inside.unit, **box),
         )
 
     def _begin(self, call: Call, encoding: Encoding) -> Inside:
@@ -204,8 +203,9 @@ class EncoderStage:
         encoding = self._encoding()
         if encoding is None:
             return
-        instead: Signal = "cls_attention" if self._family.special_tokens else "received_attention"
-        needs: set[Signal] = {instead if name == "cls_attention" else name for name in step.needs & HEARD}
+        instead = "cls_attention" if self._family.special_tokens else "received_attention"
+        asked = EncoderSignals.among(step.needs) & BETWEEN
+        needs: set[Key] = {instead if name == "cls_attention" else name for name in asked}
         if not self._family.special_tokens:
             needs.discard("cls_query")
         with self._context.choosing():
@@ -213,10 +213,10 @@ class EncoderStage:
                 encoding.between.setdefault(name, []).append(value)
 
 
-def _as_seen(signal: Signal, value: Float[Tensor, "images tokens *rest"]) -> Tensor:
+def _as_seen(signal: Key, value: Float[Tensor, "images tokens *rest"]) -> Tensor:
     """A signal as a view has it, of one that was carried along with the tokens."""
     match signal:
-        case "encoder_keys" | "encoder_queries":
+        case "keys" | "queries":
             return value.transpose(1, 2)
         case "cls_query":
             return value[:, :1].transpose(1, 2)  # every token of a picture carries the same

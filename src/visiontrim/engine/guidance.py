@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.view import Text
+from visiontrim.core.signals import Text
 from visiontrim.models.text import Guidance
 
 
@@ -39,10 +39,8 @@ class Questions:
         self._asked = questions
         self._encoded: dict[Guidance, Text] = {}
 
-    def for_rows(self, guidance: Guidance | None, rows: Sequence[int], batch: int, device: torch.device) -> Text | None:
+    def for_rows(self, guidance: Guidance, rows: Sequence[int], batch: int, device: torch.device) -> Text:
         """Token features of the question that belongs to each of ``rows`` of a batch of ``batch``."""
-        if not self._asked or guidance is None:
-            return None
         if batch % len(self._asked):
             raise TrimError(
                 f"{len(self._asked)} questions for a batch of {batch}: give one question for every row, or one for all"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,18 +18,20 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Decoding, Step
-from visiontrim.core.view import Sides, Text
+from visiontrim.core.signals import DecoderSignals, Key, Sides, Text, TextSignals
 from visiontrim.engine.cache import chunk_mask
 from visiontrim.engine.context import Context
 from visiontrim.engine.contract import check_heard
 from visiontrim.engine.forward import Attended, Prefill
 from visiontrim.engine.probe import AttentionProbe
+from visiontrim.engine.signals import check_needs
 from visiontrim.engine.upstream import Cache
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
 
 _OF_THE_LAYER_PASSED = {"last_attention", "text_attention", "queries", "keys"}
 _TWO_SIDED = ("normed", "queries", "keys", "rotary")
+_GIVEN = {DecoderSignals.spelled(name) for name in DecoderSignals.names} | {"text.question"}
 
 ROWS = 64
 """Rows of text whose attention is computed at a time."""
@@ -46,11 +48,13 @@ class Hearing:
         self._family = family
         self._before_answers = set() if decoding is None else {decoding.layer - 1}
         self._context = context
-        self._needs = {layer: step.needs for layer, step in steps.items()}
+        self._needs = {layer: DecoderSignals.among(step.needs) for layer, step in steps.items()}
         self._passed = {layer - 1 for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
         self._coming = {layer for layer, needs in self._needs.items() if "next_attention" in needs}
         self.remembers = {layer - 1 for layer, needs in self._needs.items() if "previous" in needs}
         """Decoder layers whose input is kept."""
+        for step in steps.values():
+            check_needs(step, _GIVEN, "between decoder layers")
 
     def attach(self) -> list[AttentionProbe]:
         """Install the probes and return what removes them again."""
@@ -136,13 +140,16 @@ def _heads_first(values: Tensor) -> Tensor:
     return values.transpose(1, 2) if values.ndim == 4 else values
 
 
-class Signals:
-    """The signals that one step asks for, of all images of a prefill."""
+class Asked:
+    """The signals that one step asks for, of all images of a prefill; ``norm`` is the coming layer's input norm."""
 
-    def __init__(self, prefill: Prefill, step: Step, hidden: Float[Tensor, "batch width dim"]) -> None:
+    def __init__(
+        self, prefill: Prefill, step: Step, hidden: Float[Tensor, "batch width dim"], norm: Callable[[Tensor], Tensor]
+    ) -> None:
         self._prefill = prefill
         self._hidden = hidden
-        self._needs = step.needs
+        self._norm = norm
+        self._needs, self._question = DecoderSignals.among(step.needs), "text.question" in step.needs
         assert isinstance(step.site, DecoderLayer)
         self._layer = step.site.index
         alive = prefill.alive
@@ -155,31 +162,30 @@ class Signals:
         self._last = (asked * torch.arange(1, asked.shape[1] + 1, device=asked.device)).argmax(1)
         self._of_tokens = self._chunk_wide()
 
-    def of_group(self, number: int) -> dict[str, Any]:
-        """The fields of the view of group ``number``."""
+    def of_group(self, number: int) -> tuple[DecoderSignals, TextSignals]:
+        """What the view of group ``number`` shows."""
         prefill, needs = self._prefill, self._needs
         rows, column = prefill.rows[number], prefill.alive.columns[number]
-        fields: dict[str, Any] = {
-            name: values[rows[:, None], column] for name, values in self._of_tokens.items() if name in needs
-        }
+        seen: dict[Key, Any] = {name: values[rows[:, None], column] for name, values in self._of_tokens.items()}
         if "query" in needs:
-            fields["query"] = self._hidden[rows, self._last[rows]]
-        if not needs & {"text", "text_attention", "embeddings", *_TWO_SIDED}:
-            return fields
+            seen["query"] = self._hidden[rows, self._last[rows]]
+        if "next_normed" in needs:
+            seen["next_normed"] = self._norm(self._hidden[rows[:, None], column])
+        if not self._question and not needs & {"text_attention", "embeddings", *_TWO_SIDED}:
+            return DecoderSignals(seen), TextSignals()
         start, mask = self._text_after(rows, column)
-        fields["text"] = Text(self._hidden[rows, start:], mask, scale=1.0)
         for name in _TWO_SIDED:
             if name in needs:
                 of_text = self._of_tokens[name][rows, start:]
                 # [batch, tokens, heads, dim] of queries and keys becomes the usual order
-                fields[name] = Sides(_heads_first(fields[name]), _heads_first(of_text))
+                seen[name] = Sides(_heads_first(seen[name]), _heads_first(of_text))
         if "text_attention" in needs:
-            fields["text_attention"] = self._text_attention(rows, column, start)
+            seen["text_attention"] = self._text_attention(rows, column, start)
         if (embeddings := prefill.heard.embeddings) is not None and "embeddings" in needs:
             of_text = prefill.alive.origin[rows, start:]
             entered = embeddings[rows[:, None], prefill.entered[number]]
-            fields["embeddings"] = Sides(entered, embeddings[rows[:, None], of_text])
-        return fields
+            seen["embeddings"] = Sides(entered, embeddings[rows[:, None], of_text])
+        return DecoderSignals(seen), TextSignals(question=Text(self._hidden[rows, start:], mask, scale=1.0))
 
     def _chunk_wide(self) -> dict[str, Tensor]:
         """Signals as [batch, width, ...] over all tokens of the chunk that are left."""

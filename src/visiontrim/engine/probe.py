@@ -2,8 +2,8 @@
 
 transformers lets a name select the attention function of a module through the module's config. The probed module, and
 only it, gets a shallow copy of its config with a name registered here; the function of that name shows queries and
-keys to the module's listener and then calls the original implementation. It knows queries, keys and their scaling; it
-does not know what a listener makes of them.
+keys to the module's listeners, each a probe of its own, and then calls the original implementation. It knows queries,
+keys and their scaling; it does not know what a listener makes of them.
 """
 
 from __future__ import annotations
@@ -20,31 +20,38 @@ from visiontrim.engine.upstream import attention_function, implementation, regis
 Listener = Callable[[Tensor, Tensor, float | None], None]
 """Called with the queries [B, heads, Q, d], the keys [B, key-value heads, K, d] and the scaling of each forward."""
 
-_listeners: WeakKeyDictionary[nn.Module, Listener] = WeakKeyDictionary()
+_probed: WeakKeyDictionary[nn.Module, tuple[Any, list[Listener]]] = WeakKeyDictionary()
+"""Of every probed module its own config, and who listens."""
 
 
 class AttentionProbe:
-    """Lets ``listener`` hear the attention module ``module``; :meth:`remove` gives the module its own config back."""
+    """Lets ``listener`` hear the attention module ``module``; the last one to leave gives the module its config back."""
 
     def __init__(self, module: nn.Module, listener: Listener) -> None:
         self._module: Any = module
-        self._config: Any = module.config
-        base = implementation(module)
-        # the base name stays inside: transformers looks for "flash" in the name of an implementation
-        name = f"visiontrim_probe::{base}"
-        register_attention(name, _audible(base))
-        self._module.config = with_implementation(self._config, name)
-        _listeners[module] = listener
+        self._listener = listener
+        if module not in _probed:
+            base = implementation(module)
+            # the base name stays inside: transformers looks for "flash" in the name of an implementation
+            name = f"visiontrim_probe::{base}"
+            register_attention(name, _audible(base))
+            _probed[module] = self._module.config, []
+            self._module.config = with_implementation(self._module.config, name)
+        _probed[module][1].append(listener)
 
     def remove(self) -> None:
-        self._module.config = self._config
-        del _listeners[self._module]
+        config, listeners = _probed[self._module]
+        listeners.remove(self._listener)
+        if not listeners:
+            self._module.config = config
+            del _probed[self._module]
 
 
 def _audible(base: str) -> Callable:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
         with torch.no_grad():
-            _listeners[module](query, key, kwargs.get("scaling"))
+            for listener in _probed[module][1]:
+                listener(query, key, kwargs.get("scaling"))
         return attention_function(module, base)(module, query, key, value, attention_mask, **kwargs)
 
     return attention

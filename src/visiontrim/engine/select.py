@@ -10,10 +10,11 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Step
+from visiontrim.core.signals import DecoderSignals, MissingSignal, TextSignals
 from visiontrim.core.view import Keep, View
 from visiontrim.engine.forward import Prefill
 from visiontrim.engine.groups import Group
-from visiontrim.engine.hearing import Signals
+from visiontrim.engine.hearing import Asked
 from visiontrim.models.family import Family
 
 
@@ -47,9 +48,15 @@ def checked_select(step: Step, view: View) -> Keep:
 
     Raises :class:`TrimError` for an answer whose shapes cannot belong to the view.
     """
-    keep = step.select(view)
+    try:
+        keep = step.select(view)
+    except MissingSignal as missing:
+        if missing.signal in step.needs:
+            raise
+        raise TrimError(f"{step} reads the signal {missing.signal!r}, which its needs do not list: add it") from None
     batch, tokens, dim = view.features.shape
     kept = keep.index.shape[-1]
+    width = view.encoder.projected.shape[-1] if "projected" in view.encoder else None
     fewest = 0 if isinstance(step.site, DecoderLayer) else 1
     shapes = {
         "index": (keep.index, (batch, kept)),
@@ -57,7 +64,7 @@ def checked_select(step: Step, view: View) -> Keep:
         "assignment": (keep.assignment, (batch, tokens)),
         "complement": (keep.complement, (batch, kept)),
         "marked": (keep.marked, (batch, kept)),
-        "projected": (keep.projected, None if view.projected is None else (batch, kept, view.projected.shape[-1])),
+        "projected": (keep.projected, None if width is None else (batch, kept, width)),
     }
     for name, (given, wanted) in shapes.items():
         if (given is not None and tuple(given.shape) != wanted) or not fewest <= kept <= tokens:
@@ -99,14 +106,14 @@ def select_between_layers(
     """
     alive = prefill.alive
     keep = torch.ones_like(alive.valid)
-    signals = Signals(prefill, step, hidden)
+    asked = Asked(prefill, step, hidden, norm)
     columns, marks, groups, merged = [], [], [], hidden
     for number, (group, rows, column, mark) in enumerate(
         zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True)
     ):
-        tokens = hidden[rows[:, None], column]
+        decoder, text = asked.of_group(number) if group.kept else (DecoderSignals(), TextSignals())
         view = View(
-            features=tokens,
+            features=hidden[rows[:, None], column],
             coordinates=group.coordinates,
             grid=group.grid,
             entered=group.entered,
@@ -114,8 +121,8 @@ def select_between_layers(
             whole=group.part.whole,
             before=group.part.before,
             marked=group.now.marked,
-            next_normed=norm(tokens) if "next_normed" in step.needs else None,
-            **(signals.of_group(number) if group.kept else {}),
+            decoder=decoder,
+            text=text,
         )
         kept = checked_select(step, view) if group.kept else Keep.everything(view)
         stays = column.gather(1, kept.index.sort(-1).values)

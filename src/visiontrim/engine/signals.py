@@ -1,4 +1,7 @@
-"""Signals of the vision encoder's attention, by the queries and keys that an attention module shows."""
+"""Signals of the vision encoder: those of its attention by the queries and keys that a module shows, and the picture.
+
+Knows how they are computed and carried to the tokens that are left, not when a step asks for them.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,51 @@ from jaxtyping import Float
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.view import Signal, SignalName
+from visiontrim.core.method import Step
+from visiontrim.core.signals import EncoderSignals, Key, Signal, check_name, name_of
 from visiontrim.engine.call import Encoding
 from visiontrim.engine.inside import Inside
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_columns, attention_received, attention_rows
 
-HEARD: frozenset[Signal] = frozenset(
-    {"encoder_keys", "encoder_queries", "cls_query", "cls_attention", "received_attention", "column_attention"}
-)
-"""Signals of the attention in the layer before a step between the encoder's layers."""
-PIXELS: frozenset[Signal] = frozenset({"pixels", "colours"})
+ROWS = frozenset({"cls_attention", "received_attention", "column_attention", "keys"})
+AT_OUTPUT = ROWS | {"cls_attention_wide"}
+"""Signals of the encoder's attention that a step at its output may read."""
+BETWEEN = ROWS | {"queries", "cls_query"}
+"""Those of the layer before a step between the encoder's layers."""
+PIXELS = frozenset({"pixels", "colours"})
 """Signals of the picture that such a step may read."""
+ALWAYS = frozenset({"mass", "lattice", "unit"})
+"""What such a step sees in any case."""
+
+
+def check_needs(step: Step, given: Set[Signal], where: str, layers: Set[Signal] = frozenset()) -> None:
+    """Raise :class:`TrimError` unless ``step`` needs nothing but signals ``given``, or of other layers ``layers``."""
+    for need in step.needs:
+        check_name(need)
+        if name_of(need) not in (layers if isinstance(need, tuple) else given):
+            raise TrimError(f"{step} reads {need}, which there is none of {where}")
 
 
 def encoder_signals(
     family: Family,
     encoding: Encoding,
-    signals: Iterable[Signal],
+    signals: Iterable[Key],
     query: Float[Tensor, "pictures heads sequence dim"],
     key: Float[Tensor, "pictures heads sequence dim"],
     scaling: float | None,
-) -> Iterator[tuple[Signal, Float[Tensor, "patches *rest"]]]:
+) -> Iterator[tuple[Key, Float[Tensor, "patches *rest"]]]:
     """The ``signals`` of one call of an attention module, of one chunk of patches after the other."""
     special, inside = family.special_tokens, encoding.merged
     chunks = family.chunks(encoding.kind, encoding.arguments) if inside is None else inside.chunks()
     bias = None if inside is None else inside.bias(special)
     for q, k in _by_chunk(query, key, chunks):
         for signal in signals:
-            name = signal[0] if isinstance(signal, tuple) else signal
-            yield signal, _signal(name, q, k, scaling, special, bias).flatten(0, 1)
+            yield signal, _signal(name_of(signal), q, k, scaling, special, bias).flatten(0, 1)
 
 
 def _signal(
-    name: SignalName,
+    name: str,
     query: Float[Tensor, "images heads tokens dim"],
     key: Float[Tensor, "images heads tokens dim"],
     scaling: float | None,
@@ -58,9 +72,9 @@ def _signal(
             return attention_rows(query, key)[:, 0, 0, special:]
         case "column_attention":
             return attention_columns(query, key, scaling=scaling, skip=special, bias=bias)
-        case "encoder_keys":
+        case "keys":
             return key[:, :, special:].transpose(1, 2)
-        case "encoder_queries":
+        case "queries":
             return _scaled(query[:, :, special:], scaling).transpose(1, 2)
         case "cls_query":
             tokens = query.shape[2] - special
@@ -74,14 +88,14 @@ def _scaled(query: Tensor, scaling: float | None) -> Tensor:
 
 
 def pixel_signals(
-    inside: Inside, encoding: Encoding, needs: Set[Signal], deviation: Sequence[float] | None
-) -> dict[Signal, list[Float[Tensor, "images kept channels values"]]]:
+    inside: Inside, encoding: Encoding, needs: Set[Key], deviation: Sequence[float] | None
+) -> dict[Key, list[Float[Tensor, "images kept channels values"]]]:
     """``pixels`` and ``colours`` of the tokens that are left, by group."""
     if not needs & PIXELS:
         return {}
     pixels = inside.family.pixels(encoding.kind, encoding.arguments).to(inside.at[0].device)
     left = [pixels[at.gather(1, m.now.index)] for m, at in zip(inside.merging, inside.at, strict=True)]
-    signals: dict[Signal, list[Tensor]] = {"pixels": left}
+    signals: dict[Key, list[Tensor]] = {"pixels": left}
     if deviation is not None:
         scale = torch.tensor(deviation, device=pixels.device)[:, None]
         signals["colours"] = [group.float() * scale for group in left]
@@ -95,7 +109,7 @@ def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[
     return zip(query.split(chunks, dim=2), key.split(chunks, dim=2), strict=True)
 
 
-def of_placeholders(family: Family, encoding: Encoding) -> dict[Signal, Float[Tensor, "placeholders *rest"]]:
+def of_placeholders(family: Family, encoding: Encoding) -> dict[Key, Float[Tensor, "placeholders *rest"]]:
     """What was heard, as the placeholders would have it. Raises :class:`TrimError` for signals from before a merge."""
     inside, values = encoding.merged, {}
     for signal, parts in encoding.heard.items():
@@ -104,7 +118,8 @@ def of_placeholders(family: Family, encoding: Encoding) -> dict[Signal, Float[Te
             units = value.view(-1, inside.unit, *value.shape[1:]).mean(1)
             if len(units) != sum(places.numel() for places in inside.places):
                 raise TrimError(
-                    f"{signal} has {len(value)} values from before tokens were merged: read it of a later layer"
+                    f"{EncoderSignals.spelled(signal)} has {len(value)} values from before tokens were merged: read it "
+                    "of a later layer"
                 )
             value = inside.whole(units)
         if inside is None or family.factor == 1:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
-from visiontrim.core.view import Signal, SignalName, View
+from visiontrim.core.signals import EncoderSignals, Key, TextSignals, name_of
+from visiontrim.core.view import View
 from visiontrim.engine.call import Call, Encoding, Selected
 from visiontrim.engine.context import Context
 from visiontrim.engine.contract import check_encoded
@@ -27,11 +28,8 @@ from visiontrim.engine.placing import placed
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import checked_select
-from visiontrim.engine.signals import encoder_signals, of_placeholders
+from visiontrim.engine.signals import AT_OUTPUT, check_needs, encoder_signals, of_placeholders
 from visiontrim.models.family import Family, Kind
-
-HEARD = ("cls_attention", "cls_attention_wide", "received_attention", "column_attention", "encoder_keys")
-"""Signals that come from an attention module of the encoder."""
 
 
 class VisionStage:
@@ -56,7 +54,12 @@ class VisionStage:
         self._per = per
         self._apart = apart
         self._memory = memory
-        self._needs: frozenset[Signal] = step.needs if step is not None else frozenset()
+        needs = frozenset() if step is None else step.needs
+        self._of_encoder, self._of_text = EncoderSignals.among(needs), TextSignals.among(needs)
+        if step is not None:
+            heard = {EncoderSignals.spelled(name) for name in AT_OUTPUT}
+            others = {TextSignals.spelled(name) for name in TextSignals.names} | {EncoderSignals.spelled("projected")}
+            check_needs(step, heard | others, "at the encoder's output", layers=heard)
         self._questions = questions
         self._context = context
 
@@ -68,7 +71,7 @@ class VisionStage:
         if family.projector is not None:
             removers.append(family.projector.register_forward_pre_hook(self._before_projector))
             removers.append(family.projector.register_forward_hook(self._after_projector))
-        if "joint_last" in self._needs:
+        if "joint_last" in self._of_text and family.projector is not None:  # else tokens are no longer its patches
             removers.append(family.encoder("image").register_forward_hook(self._after_encoder))
         if self._memory is not None:
             for encoder in {family.encoder(kind) for kind in family.kinds}:
@@ -77,17 +80,17 @@ class VisionStage:
             removers.append(AttentionProbe(module, functools.partial(self._hear, signals)))
         return removers
 
-    def _to_hear(self) -> dict[Any, list[Signal]]:
+    def _to_hear(self) -> dict[Any, list[Key]]:
         """The attention modules that signals come from, each with its signals."""
-        modules: dict[Any, list[Signal]] = {}
-        for kind, signal in itertools.product(self._family.kinds, sorted(self._needs, key=str)):
+        modules: dict[Any, list[Key]] = {}
+        for kind, signal in itertools.product(self._family.kinds, sorted(self._of_encoder, key=str)):
             name, layer = signal if isinstance(signal, tuple) else (signal, self._family.scored(kind))
             attentions = self._family.attentions(kind)
             if name == "cls_attention" and not self._family.special_tokens:  # without [CLS] there is this instead
                 name = "received_attention"
                 signal = (name, layer) if isinstance(signal, tuple) else name
             absent = name == "cls_attention_wide" and not self._family.special_tokens
-            if name not in HEARD or absent or not attentions:
+            if name not in AT_OUTPUT or absent or not attentions:
                 continue
             if not -len(attentions) <= layer < len(attentions):
                 raise TrimError(
@@ -157,7 +160,7 @@ class VisionStage:
         if call is not None and call.encoding is not None:
             call.encoding.last_hidden = output.last_hidden_state
 
-    def _hear(self, signals: list[Signal], query: Tensor, key: Tensor, scaling: float | None) -> None:
+    def _hear(self, signals: list[Key], query: Tensor, key: Tensor, scaling: float | None) -> None:
         call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return
@@ -189,7 +192,7 @@ class VisionStage:
                 at, index = at.gather(1, now.index), index.gather(1, now.index)
             if step is not None:
                 with self._context.choosing():
-                    here: dict[Signal, Tensor] = {signal: value[index] for signal, value in signals.items()}
+                    here: dict[Key, Tensor] = {signal: value[index] for signal, value in signals.items()}
                     keep = checked_select(step, self._view(call, encoding, old, features[at], at, here))
                 group, merged = old.after(keep, step.site), keep.features
                 merged = features[at.gather(1, keep.index)] if merged is None else merged
@@ -225,34 +228,12 @@ class VisionStage:
         group: Group,
         features: Float[Tensor, "images tokens dim"],
         at: Int[Tensor, "images tokens"],
-        signals: dict[Signal, Tensor],
+        signals: dict[Key, Tensor],
     ) -> View:
-        family, questions = self._family, self._questions
-        guidance, batch, device = questions.guidance, call.input_ids.shape[0], features.device
-        joint = text = words = None
-        if guidance is not None and "text" in self._needs:
-            text = questions.for_rows(guidance, group.rows, batch, device)
-        if guidance is not None and text is not None:
-            if encoding.last_hidden is not None:
-                last = family.normalised_last_hidden(encoding.last_hidden)
-                last = last.flatten(0, 1)
-                last = last if encoding.inside is None else encoding.inside.whole(last)
-                joint = guidance.embed(last[at])
-            elif "joint_normalised" in self._needs and guidance.of_normalised:
-                joint = guidance.embed(family.normalised(features))
-            else:
-                joint = guidance.embed(features)
-        if "words" in self._needs:
-            if questions.asked and questions.words is None:
-                raise TrimError(
-                    f"{self._step} compares vision tokens with the language model's own embeddings of the question: "
-                    "pass processor= so that the question can be read"
-                )
-            words = questions.for_rows(questions.words, group.rows, batch, device)
-        signals = {
-            signal: value.transpose(1, 2) if _name(signal) == "encoder_keys" else value
-            for signal, value in signals.items()
-        }
+        family = self._family
+        seen = {key: value.transpose(1, 2) if name_of(key) == "keys" else value for key, value in signals.items()}
+        if "projected" in self._of_encoder:
+            seen["projected"] = family.to_language(features)
         return View(
             features=features,
             coordinates=group.coordinates,
@@ -261,19 +242,51 @@ class VisionStage:
             num_layers=len(family.language_model.layers),
             whole=group.part.whole,
             before=group.part.before,
-            cls_attention=signals.get("cls_attention"),
-            cls_attention_wide=signals.get("cls_attention_wide"),
-            received_attention=signals.get("received_attention"),
-            column_attention=signals.get("column_attention"),
-            encoder_keys=signals.get("encoder_keys"),
-            projected=family.to_language(features) if "projected" in self._needs else None,
-            joint=joint,
-            text=text,
-            words=words,
             marked=group.now.marked,
-            at={signal: value for signal, value in signals.items() if isinstance(signal, tuple)},
+            encoder=EncoderSignals(seen),
+            text=TextSignals(self._text(call, encoding, group, features, at)),
         )
 
+    def _text(
+        self,
+        call: Call,
+        encoding: Encoding,
+        group: Group,
+        features: Float[Tensor, "images tokens dim"],
+        at: Int[Tensor, "images tokens"],
+    ) -> dict[Key, Any]:
+        """What the step asked for of the question, and of the tokens in its space; {} without a question."""
+        family, questions, asked, seen = self._family, self._questions, self._of_text, {}
+        if not questions.asked:
+            return seen
+        batch, device = call.input_ids.shape[0], features.device
+        if "words" in asked:
+            if questions.words is None:
+                raise TrimError(
+                    f"{self._step} compares vision tokens with the language model's own embeddings of the question: "
+                    "pass processor= so that the question can be read"
+                )
+            seen["words"] = questions.for_rows(questions.words, group.rows, batch, device)
+        guidance = questions.guidance
+        if guidance is None:
+            return seen
+        if "question" in asked:
+            seen["question"] = questions.for_rows(guidance, group.rows, batch, device)
+        if "joint" in asked:
+            seen["joint"] = guidance.embed(features)
+        if "joint_normalised" in asked:
+            seen["joint_normalised"] = guidance.embed(
+                family.normalised(features) if guidance.of_normalised else features
+            )
+        if "joint_last" in asked:
+            seen["joint_last"] = guidance.embed(self._last_hidden(encoding, features, at))
+        return seen
 
-def _name(signal: Signal) -> SignalName:
-    return signal[0] if isinstance(signal, tuple) else signal
+    def _last_hidden(
+        self, encoding: Encoding, features: Float[Tensor, "images tokens dim"], at: Int[Tensor, "images tokens"]
+    ) -> Float[Tensor, "images tokens dim"]:
+        """The encoder's normalised last hidden state of the tokens; their features if they are not its patches."""
+        if encoding.last_hidden is None:
+            return features
+        last = self._family.normalised_last_hidden(encoding.last_hidden).flatten(0, 1)
+        return (last if encoding.inside is None else encoding.inside.whole(last))[at]

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from visiontrim.core.budget import Amount, check_amount
-from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Positions, Site, Step, VisionOutput
 from visiontrim.core.view import Keep, View
 from visiontrim.methods.checks import check_fields
@@ -48,26 +47,13 @@ class EncoderStep(Step):
 
 def cls_attention(view: View, layer: int | None = None) -> Float[Tensor, "batch tokens"]:
     """Attention of [CLS] in the scored encoder layer or in ``layer``; attention received where there is no [CLS]."""
-    names = ("cls_attention", "received_attention")
-    for name in names:
-        value = getattr(view, name) if layer is None else view.at.get((name, layer))
-        if value is not None:
-            return value.float()
-    raise TrimError("the vision encoder gives no attention scores, which this method ranks tokens by: use another one")
+    bare = ("cls_attention", layer) not in view.encoder and ("received_attention", layer) in view.encoder
+    return view.encoder["received_attention" if bare else "cls_attention", layer].float()
 
 
-def required(view: View, name: str, layer: int | None = None) -> Tensor:
-    """A signal that the method cannot do without. Raises :class:`TrimError` if the model does not give it."""
-    value = getattr(view, name) if layer is None else view.at.get((name, layer))
-    if value is None:
-        raise TrimError(f"this model does not give the signal {name!r}, which the method needs: use another method")
-    return value
-
-
-def by_frame(view: View, name: str = "projected") -> Float[Tensor, "batch frames places *rest"]:
-    """A required signal of a video, float32, frame by frame."""
-    value = required(view, name).float()
-    return value.view(len(value), view.grid[0], -1, *value.shape[2:])
+def by_frame(view: View, values: Float[Tensor, "batch tokens *rest"]) -> Float[Tensor, "batch frames places *rest"]:
+    """Values of a video's tokens, float32, frame by frame."""
+    return values.float().view(len(values), view.grid[0], -1, *values.shape[2:])
 
 
 def with_clusters(

@@ -11,13 +11,11 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
 from visiontrim.core.budget import Amount, Depth, at_depths, check_amount, check_depths, spread
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Layers, Method, Site, Step
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.checks import check_fields, require
 
 Counts = Amount | tuple[Amount, ...]
@@ -125,10 +123,3 @@ class Stage(Step):
 
     def __str__(self) -> str:
         return f"{self.method} before {self.site}"
-
-
-def given(signal: Float[Tensor, "*shape"] | None) -> Float[Tensor, "*shape"]:
-    """``signal``, which the method listed in its ``needs``. Raises :class:`TrimError` if the view lacks it."""
-    if signal is None:
-        raise TrimError("the view lacks a signal that the method listed in its needs")
-    return signal

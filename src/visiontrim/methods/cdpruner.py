@@ -28,8 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep
 from visiontrim.methods.checks import require
 from visiontrim.ops.diverse import determinant_picks
 
@@ -51,10 +52,10 @@ class CDPruner(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected", "joint_normalised", "text"})
+        return frozenset({"encoder.projected", "text.joint_normalised", "text.question"})
 
     def choose(self, view: View, count: int) -> Keep:
-        vectors = F.normalize(required(view, "projected").float(), dim=-1)
+        vectors = F.normalize(view.encoder.projected.float(), dim=-1)
         relevance = self.relevance(view)
         if relevance is not None:
             vectors = vectors * relevance[..., None]
@@ -62,12 +63,12 @@ class CDPruner(EncoderStep):
 
     def relevance(self, view: View) -> Float[Tensor, "batch tokens"] | None:
         """Relevance of each patch in (0, 1]; 1 if all are equal, None without a question."""
-        if view.joint is None or view.text is None:
+        if "question" not in view.text:
             return None
-        text = view.text
+        text = view.text.question
         share = (text.mask if text.ends is None else text.ends).float()
         share = share / share.sum(-1, keepdim=True).clamp(min=1)
-        cosine = F.normalize(view.joint.float(), dim=-1) @ F.normalize(text.tokens.float(), dim=-1).mT
+        cosine = F.normalize(view.text.joint_normalised.float(), dim=-1) @ F.normalize(text.tokens.float(), dim=-1).mT
         sign = self.sign or (1 if text.ends is None else -1)
         score = sign * (cosine @ share[..., None])[..., 0]
         low, high = score.aminmax(dim=-1, keepdim=True)

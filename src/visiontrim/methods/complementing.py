@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from visiontrim.core.view import Keep, Text, View
+from visiontrim.core.signals import Text
+from visiontrim.core.view import Keep, View
 from visiontrim.ops.complement import Merge, Scores, complement
 from visiontrim.ops.select import gather, leftovers, top_k
 

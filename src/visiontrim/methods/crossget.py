@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Signal, View
-from visiontrim.methods.base import required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import View
 from visiontrim.methods.matching import Matching
 from visiontrim.ops.matching import Merged, match_any, merge_into
 
@@ -37,13 +37,11 @@ class CrossGET(Matching):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({"encoder_keys", "column_attention", "cls_attention"})
+        return frozenset({"encoder.keys", "encoder.column_attention", "encoder.cls_attention"})
 
     def merged(self, view: View, count: int) -> Merged:
-        importance = required(view, "column_attention")
-        if view.cls_attention is not None:
-            importance = importance + view.cls_attention
-        keys = required(view, "encoder_keys").float().mean(1)
+        importance = view.encoder.column_attention + view.encoder.get("cls_attention", 0.0)
+        keys = view.encoder.keys.float().mean(1)
         source, target = match_any(keys, importance, count)
         pairs = torch.stack([importance.gather(1, source), importance.gather(1, target)]).softmax(0) * 2
-        return merge_into(view.features, required(view, "mass"), source, target, (pairs[0], pairs[1]))
+        return merge_into(view.features, view.encoder.mass, source, target, (pairs[0], pairs[1]))

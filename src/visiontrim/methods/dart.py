@@ -29,7 +29,8 @@ from torch import Tensor
 
 from visiontrim.core.budget import Depth
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.methods.checks import require
 from visiontrim.ops.pivots import farthest_from_pivots
@@ -65,17 +66,17 @@ class DART(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"text", "keys", "normed"})
+        return frozenset({"text.question", "decoder.keys", "decoder.normed"})
 
     def choose(self, view: View, count: int) -> Keep:
-        assert view.keys is not None and view.normed is not None and view.text is not None  # noqa: PT018  # in needs
-        norms = view.keys.tokens.float().abs().sum((1, 3))
-        of_text = view.keys.text.float().abs().sum((1, 3)).masked_fill(~view.text.mask, -1.0)
+        keys, normed, mask = view.decoder.keys, view.decoder.normed, view.text.question.mask
+        norms = keys.tokens.float().abs().sum((1, 3))
+        of_text = keys.text.float().abs().sum((1, 3)).masked_fill(~mask, -1.0)
         vision = _largest(norms, min(self.vision_pivots, count))
         text = _largest(of_text, min(self.text_pivots, of_text.shape[1]))
-        exists = torch.cat([torch.ones_like(vision, dtype=torch.bool), view.text.mask.gather(1, text)], 1)
-        hidden = F.normalize(view.normed.tokens.float(), dim=-1)
-        pivots = torch.cat([gather(hidden, vision), gather(F.normalize(view.normed.text.float(), dim=-1), text)], 1)
+        exists = torch.cat([torch.ones_like(vision, dtype=torch.bool), mask.gather(1, text)], 1)
+        hidden = F.normalize(normed.tokens.float(), dim=-1)
+        pivots = torch.cat([gather(hidden, vision), gather(F.normalize(normed.text.float(), dim=-1), text)], 1)
         return Keep(farthest_from_pivots(hidden, pivots, exists, vision, count))
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep
 from visiontrim.ops.diverse import max_min_picks
 
 
@@ -31,7 +32,7 @@ class DivPrune(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected"})
+        return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        return Keep(max_min_picks(required(view, "projected"), count).sort(1).values)
+        return Keep(max_min_picks(view.encoder.projected, count).sort(1).values)

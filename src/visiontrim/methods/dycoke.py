@@ -38,7 +38,8 @@ from torch import Tensor
 from visiontrim.core.budget import Amount
 from visiontrim.core.method import Decoding
 from visiontrim.core.registry import register
-from visiontrim.core.view import Glance, Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Glance, Keep, View
 from visiontrim.methods.base import EncoderStep, by_frame
 from visiontrim.methods.checks import require
 from visiontrim.ops.frames import whole_frames_lattice
@@ -75,10 +76,10 @@ class DyCoke(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected"})
+        return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        tokens = by_frame(view)
+        tokens = by_frame(view, view.encoder.projected)
         batch, frames, places = tokens.shape[:3]
         earlier = {frame: frame - (1 if frame % 2 else 2) for frame in range(frames) if frame % 4}
         if self.variant == "release":

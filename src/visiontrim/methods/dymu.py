@@ -29,8 +29,8 @@ from visiontrim.core.budget import Amount, check_amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Positions
 from visiontrim.core.registry import register
-from visiontrim.core.view import Signal, View
-from visiontrim.methods.base import required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import View
 from visiontrim.methods.checks import check_fields, require
 from visiontrim.methods.matching import Matching
 from visiontrim.ops.matching import Merged, edges, match, merge_into
@@ -67,7 +67,7 @@ class DyMU(Matching):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({"encoder_keys"})
+        return frozenset({"encoder.keys"})
 
     def count(self, view: View, step: int, steps: int) -> int:
         if self.thresholds is None:
@@ -84,9 +84,9 @@ class DyMU(Matching):
         return counts.pop()
 
     def merged(self, view: View, count: int) -> Merged:
-        return merge_into(view.features, required(view, "mass"), *match(metric(view), count))
+        return merge_into(view.features, view.encoder.mass, *match(metric(view), count))
 
 
 def metric(view: View) -> Float[Tensor, "batch tokens dim"]:
     """What the similarity of tokens is the cosine of: their keys, averaged over heads."""
-    return required(view, "encoder_keys").float().mean(1)
+    return view.encoder.keys.float().mean(1)

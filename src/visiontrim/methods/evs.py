@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from visiontrim.core.budget import Amount
 from visiontrim.core.method import Positions
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep, by_frame
 from visiontrim.ops.frames import whole_frames_lattice
 from visiontrim.ops.select import top_k
@@ -48,10 +49,10 @@ class EVS(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected"})
+        return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        tokens = by_frame(view)
+        tokens = by_frame(view, view.encoder.projected)
         if count < tokens.shape[2]:
             lattice = whole_frames_lattice(view.grid, [0], count)
             return Keep(lattice.to(tokens.device).expand(len(tokens), -1))

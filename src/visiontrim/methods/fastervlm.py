@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep, cls_attention
 from visiontrim.ops.select import top_k
 
@@ -30,7 +31,7 @@ class FasterVLM(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"cls_attention"})
+        return frozenset({"encoder.cls_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
         return Keep(top_k(cls_attention(view), count))

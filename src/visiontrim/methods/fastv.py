@@ -18,8 +18,9 @@ from typing import ClassVar
 
 from visiontrim.core.budget import Depth
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.cascade import Cascade, Counts, given
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.ops.select import top_k
 
 
@@ -43,7 +44,7 @@ class FastV(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"last_attention"})
+        return frozenset({"decoder.last_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
-        return Keep(top_k(given(view.last_attention), count))
+        return Keep(top_k(view.decoder.last_attention, count))

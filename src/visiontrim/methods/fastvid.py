@@ -39,8 +39,9 @@ from torch import Tensor
 from visiontrim.core.budget import Amount
 from visiontrim.core.method import Positions
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, by_frame, cls_attention, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep, by_frame, cls_attention
 from visiontrim.methods.checks import require
 from visiontrim.ops.frames import cut_at_changes
 from visiontrim.ops.groups import nearest_counts
@@ -86,14 +87,14 @@ class FastVID(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected", "cls_attention"})
+        return frozenset({"encoder.projected", "encoder.cls_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
-        dtype, tokens = required(view, "projected").dtype, by_frame(view)
+        tokens = by_frame(view, view.encoder.projected)
         videos = zip(tokens, cls_attention(view).view(tokens.shape[:3]), strict=True)  # each has segments of its own
         answers = [self._of_video(video, score, count) for video, score in videos]
         index, values, absorbed = (torch.stack(parts) for parts in zip(*answers, strict=True))
-        return Keep(index, complement=absorbed, projected=values.to(dtype))
+        return Keep(index, complement=absorbed, projected=values.to(view.encoder.projected.dtype))
 
     def _of_video(
         self, tokens: Float[Tensor, "frames places dim"], score: Float[Tensor, "frames places"], count: int

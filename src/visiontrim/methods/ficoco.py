@@ -35,7 +35,8 @@ from visiontrim.core.budget import Amount, Depth, at_depths, check_amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Layers, Positions, Step
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.cascade import Cascade, Stage
 from visiontrim.methods.checks import require
 from visiontrim.ops.select import gather, leftovers, top_k
@@ -87,7 +88,7 @@ class FiCoCoL(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"text", "queries", "keys"})
+        return frozenset({"text.question", "decoder.queries", "decoder.keys"})
 
     def steps_for(self, layers: Layers) -> tuple[Step, ...]:
         (first,) = at_depths(self.depths, layers.decoder)
@@ -113,20 +114,20 @@ class FiCoCoL(Cascade):
         return min(arriving, int(view.entered - rate * (number + 1) + 0.5))
 
     def choose(self, view: View, count: int) -> Keep:
-        assert view.queries is not None and view.keys is not None and view.text is not None  # noqa: PT018  # in needs
-        words = view.text.mask.sum(-1)[:, None].clamp(min=1)
+        queries, keys, mask = view.decoder.queries, view.decoder.keys, view.text.question.mask
+        words = mask.sum(-1)[:, None].clamp(min=1)
         # logits are linear in the key: the mean of a row is the logit of the mean key, and no full map is made
-        redundancy = head_mean_logits(view.queries.tokens, view.keys.tokens.float().mean(2, keepdim=True))[..., 0]
-        from_text = head_mean_logits(view.queries.text, view.keys.tokens)
-        asked_for = (from_text * view.text.mask[..., None]).sum(1) / words
+        redundancy = head_mean_logits(queries.tokens, keys.tokens.float().mean(2, keepdim=True))[..., 0]
+        from_text = head_mean_logits(queries.text, keys.tokens)
+        asked_for = (from_text * mask[..., None]).sum(1) / words
         kept = top_k((1 - self.beta) * asked_for - self.beta * redundancy, count)
         dropped = leftovers(kept, redundancy.shape[1])
 
-        queries = _pick(view.queries.tokens, dropped)
-        to_text = head_mean_logits(queries, view.keys.text)
-        within_text = head_mean_logits(view.queries.text, view.keys.text)
-        direct, by_text = _shares(head_mean_logits(queries, view.keys.tokens), to_text, view.text.mask)
-        onward, _ = _shares(from_text, within_text, view.text.mask)
+        of_dropped = _pick(queries.tokens, dropped)
+        to_text = head_mean_logits(of_dropped, keys.text)
+        within_text = head_mean_logits(queries.text, keys.text)
+        direct, by_text = _shares(head_mean_logits(of_dropped, keys.tokens), to_text, mask)
+        onward, _ = _shares(from_text, within_text, mask)
         correlation = self.gamma * direct + (1 - self.gamma) / words[..., None] * (by_text @ onward)
         targets = correlation.gather(2, kept[:, None].expand(-1, dropped.shape[1], -1))
         merged = absorb(gather(view.features, kept), gather(view.features, dropped), targets, self.eps)

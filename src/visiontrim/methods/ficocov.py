@@ -32,8 +32,8 @@ from torch import Tensor
 from visiontrim.core.budget import Depth, at_depths, check_depths
 from visiontrim.core.method import Layers
 from visiontrim.core.registry import register
-from visiontrim.core.view import Signal, View
-from visiontrim.methods.base import required
+from visiontrim.core.signals import EncoderSignals, Signal
+from visiontrim.core.view import View
 from visiontrim.methods.checks import require
 from visiontrim.methods.matching import Matching
 from visiontrim.ops.matching import Merged
@@ -73,12 +73,11 @@ class FiCoCoV(Matching):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({"encoder_queries", "encoder_keys", "cls_query"})
+        return frozenset({"encoder.queries", "encoder.keys", "encoder.cls_query"})
 
     def merged(self, view: View, count: int) -> Merged:
-        keys = required(view, "encoder_keys")
-        logits = head_mean_logits(required(view, "encoder_queries"), keys)
-        score = self.lamb * logits.mean(-1) - (1 - self.lamb) * _of_cls(view, keys)
+        logits = head_mean_logits(view.encoder.queries, view.encoder.keys)
+        score = self.lamb * logits.mean(-1) - (1 - self.lamb) * _of_cls(view.encoder)
         dropped = top_k(penalise_peaks(score, *windows(view.coordinates, view.grid, 2)), count)
         kept = leftovers(dropped, score.shape[1])
         rows = gather(logits, dropped)
@@ -90,9 +89,9 @@ class FiCoCoV(Matching):
         return Merged(kept, features, went_to)
 
 
-def _of_cls(view: View, keys: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch tokens"]:
+def _of_cls(seen: EncoderSignals) -> Float[Tensor, "batch tokens"]:
     """How much [CLS], or without it the mean key, points to each token."""
-    if view.cls_query is not None:
-        return head_mean_logits(view.cls_query, keys)[:, 0]
-    flat = keys.float().transpose(1, 2).flatten(2)
+    if "cls_query" in seen:
+        return head_mean_logits(seen.cls_query, seen.keys)[:, 0]
+    flat = seen.keys.float().transpose(1, 2).flatten(2)
     return F.cosine_similarity(flat, flat.mean(1, keepdim=True), dim=-1)

@@ -24,8 +24,9 @@ from typing import ClassVar, Literal
 import torch
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep
 from visiontrim.methods.checks import require
 from visiontrim.ops.select import top_k
 from visiontrim.ops.windows import crosses
@@ -51,11 +52,11 @@ class HiPrune(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"column_attention", ("column_attention", self.middle)})
+        return frozenset({"encoder.column_attention", ("encoder.column_attention", self.middle)})
 
     def choose(self, view: View, count: int) -> Keep:
-        deep = required(view, "column_attention").float()
-        middle = required(view, "column_attention", self.middle).float()
+        deep = view.encoder.column_attention.float()
+        middle = view.encoder["column_attention", self.middle].float()
         best = top_k(middle, round(self.share * count / 5))
         anchors = torch.zeros_like(deep, dtype=torch.bool).scatter(1, best, True)
         if self.variant == "paper":

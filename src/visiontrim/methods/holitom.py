@@ -35,9 +35,10 @@ from torch import Tensor
 
 from visiontrim.core.budget import Amount, Depth
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, by_frame, required
-from visiontrim.methods.cascade import Cascade, Counts, given
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep, by_frame
+from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.methods.checks import require
 from visiontrim.ops.frames import static_windows
 from visiontrim.ops.groups import nearest_counts, rank_within
@@ -70,15 +71,15 @@ class HoliTom(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected", "column_attention"})
+        return frozenset({"encoder.projected", "encoder.column_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
-        dtype = required(view, "projected").dtype
-        videos = zip(by_frame(view), by_frame(view, "column_attention"), strict=True)  # each has windows of its own
+        tokens, scores = by_frame(view, view.encoder.projected), by_frame(view, view.encoder.column_attention)
+        videos = zip(tokens, scores, strict=True)  # each has windows of its own
         answers = [self._of_video(tokens, score, count) for tokens, score in videos]
         index, values, assignment = (torch.stack(parts) for parts in zip(*answers, strict=True))
         members = torch.zeros_like(index).scatter_add(1, assignment.clamp(min=0), (assignment >= 0).long())
-        return Keep(index, None, assignment, members > 1, projected=values.to(dtype))
+        return Keep(index, None, assignment, members > 1, projected=values.to(view.encoder.projected.dtype))
 
     def _of_video(
         self, tokens: Float[Tensor, "frames places dim"], score: Float[Tensor, "frames places"], count: int
@@ -147,9 +148,9 @@ class HoliTomInner(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"last_attention"})
+        return frozenset({"decoder.last_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
-        index = top_k(given(view.last_attention), count)
+        index = top_k(view.decoder.last_attention, count)
         merged = merge_into_nearest(view.features, view.features, index, "halve")
         return Keep(index, merged.features, merged.assignment, merged.members > 0)

@@ -36,7 +36,8 @@ from visiontrim.core.budget import mean_per_layer
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import EncoderLayer, Layers, Site, Step
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.checks import require
 from visiontrim.methods.schedule import Scheduled, counts
 from visiontrim.ops.matching import merge_axis
@@ -107,7 +108,7 @@ class LUVC(Scheduled):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset() if self.spectrum == "pooling" else frozenset({"next_normed"})
+        return frozenset() if self.spectrum == "pooling" else frozenset({"decoder.next_normed"})
 
     def choose(self, view: View, count: int) -> Keep:
         if self.spectrum == "pooling":
@@ -116,8 +117,7 @@ class LUVC(Scheduled):
 
     def energy(self, view: View, count: int) -> Float[Tensor, "batch tokens"]:
         """What ranks the tokens when ``count`` of them are to be left."""
-        assert view.next_normed is not None
-        values, (tokens, dim) = view.next_normed, view.features.shape[1:]
+        values, (tokens, dim) = view.decoder.next_normed, view.features.shape[1:]
         match self.spectrum:
             case "channels":
                 return channel_energy(values, cutoff(count, tokens, dim))
@@ -165,19 +165,19 @@ class _Merge(Step):
         return self.method.proportional
 
     def select(self, view: View) -> Keep:
-        assert view.mass is not None
-        if view.lattice is None:
+        seen = view.encoder
+        if "lattice" not in seen:
             raise TrimError(f"{self.method} merges along the axes of a grid that an earlier stage broke: put it first")
         frames, rows, columns = view.grid
         calls = self.calls
         left = box(rows, columns, self.method.entering(view) / frames, calls)
         axis, turns = (2, (calls + 1) // 2) if self.call % 2 == 0 else (1, calls // 2)
-        count = view.lattice[axis] - sizes(view.grid[axis], left[axis - 1], turns)[self.call // 2]
+        count = seen.lattice[axis] - sizes(view.grid[axis], left[axis - 1], turns)[self.call // 2]
         if not count:
             return Keep.everything(view)
         best = self.method.pairs == "best"
-        merged = merge_axis(view.features, view.mass, view.lattice, axis, count, unit=view.unit, best=best)
-        lattice = list(view.lattice)
+        merged = merge_axis(view.features, seen.mass, seen.lattice, axis, count, unit=seen.unit, best=best)
+        lattice = list(seen.lattice)
         lattice[axis] -= count
         return Keep(merged.index, merged.features, merged.assignment, lattice=(lattice[0], lattice[1], lattice[2]))
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 from visiontrim.core.budget import Amount, check_amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import EncoderLayer, Layers, Method, Site, Step
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.checks import check_fields
 from visiontrim.ops.matching import Merged
 

@@ -26,8 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, Text, View
-from visiontrim.methods.base import EncoderStep, required
+from visiontrim.core.signals import Signal, Text
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep
 from visiontrim.methods.checks import require
 from visiontrim.ops.coverage import coverage_picks
 
@@ -53,14 +54,14 @@ class MMTok(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected", "words"})
+        return frozenset({"encoder.projected", "text.words"})
 
     def choose(self, view: View, count: int) -> Keep:
         unit = F.normalize(view.features.float(), dim=-1)
         of_patches = (unit @ unit.mT / self.image_temperature).softmax(-1) / unit.shape[1]
-        if view.words is None:
+        if "words" not in view.text:
             return Keep(coverage_picks(of_patches, count).sort(1).values)
-        rows = [self.of_words(view.words, required(view, "projected")), self.image_weight * of_patches]
+        rows = [self.of_words(view.text.words, view.encoder.projected), self.image_weight * of_patches]
         return Keep(coverage_picks(torch.cat(rows, 1), count).sort(1).values)
 
     def of_words(

@@ -37,9 +37,10 @@ from visiontrim.core.budget import Depth
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import EncoderLayer, Layers, Positions, Site, Step, VisionOutput
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import cls_attention
-from visiontrim.methods.cascade import Cascade, Counts, given
+from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.methods.checks import require
 from visiontrim.ops.groups import rank_within
 from visiontrim.ops.select import leftovers, top_k
@@ -96,7 +97,7 @@ class MustDrop(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"text", "text_attention"})
+        return frozenset({"text.question", "decoder.text_attention"})
 
     def steps_for(self, layers: Layers) -> tuple[Step, ...]:
         windows = (_Windows(self),) if self.stages == "both" else ()
@@ -116,8 +117,7 @@ class MustDrop(Cascade):
 
     def score(self, view: View) -> Float[Tensor, "batch tokens"]:
         """The larger of both kinds of attention, in units of its threshold."""
-        assert view.text is not None  # in needs
-        attention = given(view.text_attention).mean(1).masked_fill(~view.text.mask[..., None], 0.0)
+        attention = view.decoder.text_attention.mean(1).masked_fill(~view.text.question.mask[..., None], 0.0)
         of_all = attention.sum(1)
         of_all = of_all / of_all.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return torch.maximum(of_all / self.thresholds[0], attention.amax(1) / self.thresholds[1])
@@ -193,7 +193,7 @@ class _KeySet(Step):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({("cls_attention", -1)})
+        return frozenset({("encoder.cls_attention", -1)})
 
     def select(self, view: View) -> Keep:
         attention = cls_attention(view, -1)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from visiontrim.core.budget import Depth
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.methods.checks import require
 from visiontrim.ops.select import top_k
@@ -46,16 +47,16 @@ class ParVTS(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"text", "embeddings"})
+        return frozenset({"text.question", "decoder.embeddings"})
 
     def choose(self, view: View, count: int) -> Keep:
-        assert view.embeddings is not None and view.text is not None  # noqa: PT018  # listed in needs
-        tokens = F.normalize(view.embeddings.tokens.float(), dim=-1)
+        embeddings = view.decoder.embeddings
+        tokens = F.normalize(embeddings.tokens.float(), dim=-1)
         require(
             tokens.shape[1] == view.features.shape[1],
             f"{self} splits all {tokens.shape[1]} tokens that entered, but {view.features.shape[1]} are left: put no "
             "stage between decoder layers before it",
         )
-        words = F.normalize(view.embeddings.text.float(), dim=-1) * view.text.mask[..., None]
+        words = F.normalize(embeddings.text.float(), dim=-1) * view.text.question.mask[..., None]
         # the mean of cosines, but for the number of words
         return Keep(top_k((tokens @ words.sum(1)[..., None])[..., 0], count))

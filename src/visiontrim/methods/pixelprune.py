@@ -27,8 +27,8 @@ from typing import ClassVar, Literal
 from visiontrim.core.budget import Amount, check_amount
 from visiontrim.core.method import EncoderLayer, Site, Step
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.checks import check_fields, require
 from visiontrim.ops.predictive import Metric, prediction_errors, spread_to
 from visiontrim.ops.select import top_k
@@ -73,7 +73,7 @@ class PixelPrune(Step):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"colours" if self.tau else "pixels"})
+        return frozenset({"encoder.colours" if self.tau else "encoder.pixels"})
 
     @property
     def own_counts(self) -> bool:
@@ -82,7 +82,7 @@ class PixelPrune(Step):
     def select(self, view: View) -> Keep:
         total, left = view.total, view.features.shape[1]
         require(left == total, f"{self.name} compares all {total} units, of which {left} are left: put it first")
-        values = required(view, "colours" if self.tau else "pixels").float().view(*view.grid, -1)
+        values = view.encoder["colours" if self.tau else "pixels"].float().view(*view.grid, -1)
         tau = self.tau + ROUNDING if self.tau else 0.0
         error = prediction_errors(values, tau, self.metric, anchored=self.rule == "anchored")
         kept = spread_to(error > tau, self.minimum)

@@ -24,8 +24,9 @@ import torch
 from visiontrim.core.budget import Amount
 from visiontrim.core.method import Positions
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, by_frame, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep, by_frame
 from visiontrim.ops.recycle import density_peaks
 from visiontrim.ops.select import even_shares
 
@@ -50,10 +51,10 @@ class PPE(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected"})
+        return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        tokens = by_frame(view)
+        tokens = by_frame(view, view.encoder.projected)
         batch, frames, places = tokens.shape[:3]
         assignment = torch.full((batch, frames, places), -1, device=tokens.device)
         index, features, before = [], [], 0
@@ -67,5 +68,5 @@ class PPE(EncoderStep):
         assignment = assignment.flatten(1)
         size = torch.zeros(batch, count + 1, device=tokens.device, dtype=torch.long)
         size.scatter_add_(1, assignment % (count + 1), torch.ones_like(assignment))
-        projected = torch.cat(features, 1).to(required(view, "projected").dtype)
+        projected = torch.cat(features, 1).to(view.encoder.projected.dtype)
         return Keep(torch.cat(index, 1), None, assignment, size[:, :-1] > 1, projected=projected)

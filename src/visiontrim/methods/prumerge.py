@@ -36,8 +36,9 @@ from torch import Tensor
 from visiontrim.core.budget import Amount, check_amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, cls_attention, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep, cls_attention
 from visiontrim.methods.checks import check_fields, require
 from visiontrim.ops.merge import add_neighbours
 from visiontrim.ops.select import even_stride, gather, leftovers
@@ -69,8 +70,8 @@ class PruMerge(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        attention = "cls_attention" if self.variant == "paper" else "cls_attention_wide"
-        return frozenset({(attention, LAST), ("encoder_keys", LAST)})
+        attention = "encoder.cls_attention" if self.variant == "paper" else "encoder.cls_attention_wide"
+        return frozenset({(attention, LAST), ("encoder.keys", LAST)})
 
     def select(self, view: View) -> Keep:
         if self.keep is not None:
@@ -89,7 +90,7 @@ class PruMerge(EncoderStep):
     def attention(self, view: View) -> Float[Tensor, "batch tokens"]:
         if self.variant == "paper":
             return cls_attention(view, LAST)
-        return required(view, "cls_attention_wide", LAST).float()
+        return view.encoder["cls_attention_wide", LAST].float()
 
     def fixed(self, attention: Float[Tensor, "batch tokens"], count: int) -> Int[Tensor, "batch kept"]:
         """``count`` patches, the best first."""
@@ -100,7 +101,7 @@ class PruMerge(EncoderStep):
         return _ranked(attention)[:, : max(1, _outliers(attention))]
 
     def merged(self, view: View, index: Int[Tensor, "batch kept"], extra: bool) -> Keep:
-        attention, keys = self.attention(view), required(view, "encoder_keys", LAST)
+        attention, keys = self.attention(view), view.encoder["keys", LAST]
         if self.variant == "paper":
             index = index.sort(1).values
         features = add_neighbours(

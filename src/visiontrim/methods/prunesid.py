@@ -30,7 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep, cls_attention
 from visiontrim.ops.groups import principal_loadings, quotas, rank_within, suppressed
 
@@ -47,7 +48,7 @@ class PruneSID(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"cls_attention"} if self.variant == "release" else ())
+        return frozenset({"encoder.cls_attention"} if self.variant == "release" else ())
 
     def choose(self, view: View, count: int) -> Keep:
         release = self.variant == "release"

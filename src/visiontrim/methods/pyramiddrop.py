@@ -20,8 +20,9 @@ from typing import ClassVar
 from visiontrim.core.budget import Depth
 from visiontrim.core.method import Positions
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.cascade import Cascade, Counts, given
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.ops.select import top_k
 
 
@@ -49,7 +50,7 @@ class PyramidDrop(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"next_attention"})
+        return frozenset({"decoder.next_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
-        return Keep(top_k(given(view.next_attention), count))
+        return Keep(top_k(view.decoder.next_attention, count))

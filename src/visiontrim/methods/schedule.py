@@ -15,7 +15,8 @@ import torch
 
 from visiontrim.core.budget import Amount, check_amount, spread
 from visiontrim.core.method import DecoderLayer, Layers, Method, Site, Step
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.checks import check_fields, require
 
 Schedule = Literal["cascade", "linear"]

@@ -36,8 +36,9 @@ from torch import Tensor
 from visiontrim.core.budget import Depth
 from visiontrim.core.method import Positions
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Sides, Signal, Text, View
-from visiontrim.methods.cascade import Cascade, Counts, given
+from visiontrim.core.signals import Sides, Signal, Text
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.methods.checks import require
 from visiontrim.ops.recycle import density_peaks
 from visiontrim.ops.select import gather, leftovers, top_k
@@ -87,9 +88,9 @@ class SparseVLM(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        needs: set[Signal] = {"text", "embeddings", "text_attention"}
+        needs: set[Signal] = {"text.question", "decoder.embeddings", "decoder.text_attention"}
         if self.version == "v2.0":
-            needs.add("rotary")
+            needs.add("decoder.rotary")
         return frozenset(needs)
 
     def count(self, view: View, number: int, layers: tuple[int, ...]) -> int:
@@ -116,15 +117,14 @@ class SparseVLM(Cascade):
 
     def score(self, view: View) -> Float[Tensor, "batch tokens"]:
         """Attention of the raters to each token."""
-        attention = given(view.text_attention)
-        assert view.text is not None and view.embeddings is not None  # noqa: PT018  # listed in needs
-        weight = raters(view.embeddings, view.text).float()
+        attention = view.decoder.text_attention
+        weight = raters(view.decoder.embeddings, view.text.question).float()
         weight = weight / weight.sum(-1, keepdim=True)
         if self.version == "v1.5":
             return torch.einsum("bt,btn->bn", weight, attention.mean(1))
-        assert view.rotary is not None
-        by_position = view.rotary.text.float() @ view.rotary.tokens.float().mT
-        by_position = by_position * (view.rotary.tokens.shape[-1] / 2) ** -0.5
+        rotary = view.decoder.rotary
+        by_position = rotary.text.float() @ rotary.tokens.float().mT
+        by_position = by_position * (rotary.tokens.shape[-1] / 2) ** -0.5
         of_heads = torch.einsum("bt,bhtn->bhn", weight, attention / by_position[:, None])
         best = top_k(of_heads.sum(-1), min(self.heads, of_heads.shape[1]))
         return gather(of_heads, best).mean(1)

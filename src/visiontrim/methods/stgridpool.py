@@ -29,8 +29,9 @@ import torch
 
 from visiontrim.core.budget import Amount
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep
 from visiontrim.ops.frames import temporal_gridding
 from visiontrim.ops.pool import pool_by_weight, pool_cells
 
@@ -54,10 +55,10 @@ class STGridPool(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected"})
+        return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        given = required(view, "projected")
+        given = view.encoder.projected
         batch, _, dim = given.shape
         tokens = given.float()
         if self.gridding:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import View
 from visiontrim.methods.matching import Matching
 from visiontrim.ops.matching import Merged, match, merge_into
 
@@ -29,9 +30,7 @@ class ToMe(Matching):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({"encoder_keys"})
+        return frozenset({"encoder.keys"})
 
     def merged(self, view: View, count: int) -> Merged:
-        assert view.encoder_keys is not None
-        assert view.mass is not None
-        return merge_into(view.features, view.mass, *match(view.encoder_keys.float().mean(1), count))
+        return merge_into(view.features, view.encoder.mass, *match(view.encoder.keys.float().mean(1), count))

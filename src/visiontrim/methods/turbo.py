@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Signal, View
-from visiontrim.methods.base import cls_attention, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import View
+from visiontrim.methods.base import cls_attention
 from visiontrim.methods.checks import require
 from visiontrim.methods.matching import Matching
 from visiontrim.ops.matching import Merged, match, merge_into
@@ -40,9 +41,9 @@ class Turbo(Matching):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return frozenset({"encoder_keys", "cls_attention"})
+        return frozenset({"encoder.keys", "encoder.cls_attention"})
 
     def merged(self, view: View, count: int) -> Merged:
-        keys = required(view, "encoder_keys").float().mean(1)
+        keys = view.encoder.keys.float().mean(1)
         penalty = 30 * self.alpha * cls_attention(view)
-        return merge_into(view.features, required(view, "mass"), *match(keys, count, penalty))
+        return merge_into(view.features, view.encoder.mass, *match(keys, count, penalty))

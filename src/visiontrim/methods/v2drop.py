@@ -21,8 +21,9 @@ import torch
 
 from visiontrim.core.budget import Depth
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.cascade import Cascade, Counts, given
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.cascade import Cascade, Counts
 from visiontrim.ops.select import top_k
 
 
@@ -50,8 +51,8 @@ class V2Drop(Cascade):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"previous"})
+        return frozenset({"decoder.previous"})
 
     def choose(self, view: View, count: int) -> Keep:
-        update = view.features.float() - given(view.previous).float()
+        update = view.features.float() - view.decoder.previous.float()
         return Keep(top_k(torch.linalg.vector_norm(update, dim=-1), count))

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from visiontrim.core.budget import Amount
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep, by_frame
 from visiontrim.methods.checks import require
 from visiontrim.ops.groups import nearest_counts
@@ -58,10 +59,10 @@ class VidCom2(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"projected"})
+        return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        tokens = by_frame(view)
+        tokens = by_frame(view, view.encoder.projected)
         batch, frames, places, dim = tokens.shape
         variance = tokens.flatten(1, 2).var(1, correction=0)
         steady = variance.sort(dim=-1, stable=True).indices[:, : max(1, dim // 2)]

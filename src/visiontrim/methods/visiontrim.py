@@ -35,7 +35,9 @@ from visiontrim.core.budget import Amount, check_amount, second_stage, split_two
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Method, Positions, Site, Step, VisionOutput
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import cls_attention
 from visiontrim.methods.checks import check_fields, require
 from visiontrim.methods.complementing import Guide, keep_with_complement
 from visiontrim.ops.affinity import Border, Sigma, local_affinity, nearest_affinity
@@ -239,9 +241,9 @@ class _VisionStage(_Stage):
         method = self.method
         needs: set[Signal] = set()
         if method.fusion != "local":
-            needs.add("received_attention" if method.global_score == "received" else "cls_attention")
+            needs.add("encoder.received_attention" if method.global_score == "received" else "encoder.cls_attention")
         if method.guidance == "auto":
-            needs |= {"text", "joint_last" if method.patch_space == "last" else "joint"}
+            needs |= {"text.question", "text.joint_last" if method.patch_space == "last" else "text.joint"}
         return frozenset(needs)
 
     def count(self, view: View) -> int:
@@ -249,17 +251,13 @@ class _VisionStage(_Stage):
 
     def global_score(self, view: View) -> Float[Tensor, "batch tokens"]:
         wanted = self.method.global_score
-        attention = view.received_attention if wanted == "received" else view.cls_attention
-        if attention is None and wanted == "auto":
-            attention = view.received_attention
-        if attention is None:
-            raise TrimError(f"global_score={wanted!r}: the vision encoder gives no such attention; use fusion='local'")
-        return attention.float()
+        return cls_attention(view) if wanted == "auto" else view.encoder[f"{wanted}_attention"].float()
 
     def guide(self, view: View) -> Guide | None:
-        method, joint, text = self.method, view.joint, view.text
-        if joint is None or text is None:
+        if "question" not in view.text:
             return None
+        method, text = self.method, view.text.question
+        joint = view.text.joint_last if method.patch_space == "last" else view.text.joint
         cosine = method.similarity == "cosine"
         scale = method.scale or (text.scale if cosine else joint.shape[-1] ** -0.5)
         return Guide(joint, text, method.sign * scale, cosine)
@@ -272,13 +270,13 @@ _RELEASED_ROUNDS = 3
 class _ReleasedStage(_VisionStage):
     @property
     def needs(self) -> frozenset[Signal]:
-        received: frozenset[Signal] = frozenset({"received_attention"})
-        return super().needs | received
+        return super().needs | {"encoder.received_attention"}
 
     def score(self, view: View) -> Float[Tensor, "batch tokens"]:
-        if view.cls_attention is None or view.received_attention is None:
+        seen = view.encoder
+        if "cls_attention" not in seen:
             raise TrimError("variant='release' needs a vision encoder with [CLS], which this one lacks: leave it out")
-        return (F.normalize(view.cls_attention, dim=-1) + F.normalize(view.received_attention, dim=-1)) / 2
+        return (F.normalize(seen.cls_attention, dim=-1) + F.normalize(seen.received_attention, dim=-1)) / 2
 
     def complemented(self, view: View, dominant: int, added: int, guide: Guide) -> Keep:
         return keep_with_complement(
@@ -303,19 +301,17 @@ class _LanguageStage(_Stage):
     def needs(self) -> frozenset[Signal]:
         needs: set[Signal] = set()
         if self.method.fusion != "local":
-            needs.add("query")
+            needs.add("decoder.query")
         if self.method.guidance == "auto":
-            needs.add("text")
+            needs.add("text.question")
         return frozenset(needs)
 
     def count(self, view: View) -> int:
         return self.method.remaining(view)
 
     def global_score(self, view: View) -> Float[Tensor, "batch tokens"]:
-        if view.query is None:
-            raise TrimError("the language stage needs the hidden state that generates the first token: none was given")
         features = view.features.float()
-        match = torch.einsum("bd,bnd->bn", view.query.float(), features)
+        match = torch.einsum("bd,bnd->bn", view.decoder.query.float(), features)
         return (match * features.shape[-1] ** -0.5).softmax(-1)
 
     def local_score(self, view: View) -> Float[Tensor, "batch tokens"]:
@@ -333,6 +329,6 @@ class _LanguageStage(_Stage):
         )
 
     def guide(self, view: View) -> Guide | None:
-        if view.text is None:
+        if "question" not in view.text:
             return None
-        return Guide(view.features, view.text, view.features.shape[-1] ** -0.5, cosine=False)
+        return Guide(view.features, view.text.question, view.features.shape[-1] ** -0.5, cosine=False)

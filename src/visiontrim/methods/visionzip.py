@@ -25,8 +25,9 @@ from typing import ClassVar, Literal
 import torch
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import EncoderStep, cls_attention, required, with_clusters
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import EncoderStep, cls_attention, with_clusters
 from visiontrim.methods.checks import require
 from visiontrim.ops.select import gather, leftovers, top_k
 
@@ -50,7 +51,7 @@ class VisionZip(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"cls_attention", "encoder_keys"})
+        return frozenset({"encoder.cls_attention", "encoder.keys"})
 
     def choose(self, view: View, count: int) -> Keep:
         dominant = max(1, round(self.split * count))
@@ -62,4 +63,4 @@ class VisionZip(EncoderStep):
         targets = torch.arange(count - dominant, device=rest.device) * step
         centres = gather(rest, targets.expand(len(rest), -1))
         rule = "mean" if self.variant == "paper" else "add"
-        return with_clusters(view, alone, centres, required(view, "encoder_keys").float().mean(1), rule)
+        return with_clusters(view, alone, centres, view.encoder.keys.float().mean(1), rule)

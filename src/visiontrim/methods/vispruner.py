@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep, cls_attention
 from visiontrim.methods.checks import require
 from visiontrim.ops.diverse import thin_out
@@ -42,7 +43,7 @@ class VisPruner(EncoderStep):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"cls_attention"})
+        return frozenset({"encoder.cls_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
         important = int(self.important * count)

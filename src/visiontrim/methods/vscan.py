@@ -27,8 +27,9 @@ from typing import ClassVar, Literal
 from visiontrim.core.budget import Amount, check_amount, second_stage, split_two_stage
 from visiontrim.core.method import DecoderLayer, Method, Positions, Site, Step, VisionOutput
 from visiontrim.core.registry import register
-from visiontrim.core.view import Keep, Signal, View
-from visiontrim.methods.base import cls_attention, required
+from visiontrim.core.signals import Signal
+from visiontrim.core.view import Keep, View
+from visiontrim.methods.base import cls_attention
 from visiontrim.methods.checks import check_fields, require
 from visiontrim.ops.groups import rank_within
 from visiontrim.ops.merge import merge_into_nearest
@@ -110,7 +111,7 @@ class _VisionStage(Step):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"cls_attention", ("cls_attention", self.method.shallow), "projected"})
+        return frozenset({"encoder.cls_attention", ("encoder.cls_attention", self.method.shallow), "encoder.projected"})
 
     def select(self, view: View) -> Keep:
         count = self.method.entering(view)
@@ -120,7 +121,7 @@ class _VisionStage(Step):
         local = rank_within(window, cls_attention(view, self.method.shallow)) < count // 2 // number
         # probabilities are at most 1, so local patches come before every global one
         index = top_k(cls_attention(view) + 2 * local, count)
-        projected = required(view, "projected")
+        projected = view.encoder.projected
         merged = merge_into_nearest(projected, projected, index, "mean")
         return Keep(index, None, merged.assignment, merged.members > 0, projected=merged.features)
 
@@ -139,10 +140,10 @@ class _LanguageStage(Step):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"next_attention"})
+        return frozenset({"decoder.next_attention"})
 
     def select(self, view: View) -> Keep:
         count = self.method.remaining(view)
         if count >= view.features.shape[1]:
             return Keep.everything(view)
-        return Keep(top_k(required(view, "next_attention"), count))
+        return Keep(top_k(view.decoder.next_attention, count))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.view import Text
+from visiontrim.core.signals import Text
 from visiontrim.models.family import Family
 
 MAX_WINDOWS = 16

@@ -19,10 +19,9 @@ from visiontrim.engine.inside import Inside
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_columns, attention_received, attention_rows
 
-ROWS = frozenset({"cls_attention", "received_attention", "column_attention", "keys"})
-AT_OUTPUT = ROWS | {"cls_attention_wide"}
+AT_OUTPUT = frozenset({"cls_attention", "cls_attention_wide", "received_attention", "column_attention", "keys"})
 """Signals of the encoder's attention that a step at its output may read."""
-BETWEEN = ROWS | {"queries", "cls_query"}
+BETWEEN = AT_OUTPUT - {"cls_attention_wide"} | {"queries", "cls_query"}
 """Those of the layer before a step between the encoder's layers."""
 PIXELS = frozenset({"pixels", "colours"})
 """Signals of the picture that such a step may read."""

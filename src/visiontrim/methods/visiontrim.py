@@ -88,7 +88,8 @@ class VisionTrim(Method):
     sign: Literal[1, -1] = 1
     """-1 inverts the similarity in the vision stage: CLIP patches at times match the text best where nothing is."""
     patch_space: Literal["features", "last"] = "features"
-    """Patches in the text's space: the selected features projected, or the encoder's normalised last hidden state."""
+    """Patches in the text's space: the selected features projected, or the encoder's normalised last hidden state (on
+    models whose tokens are its patches)."""
     iterations: int = 0
     """Rounds of assigning the rest to complement tokens and merging it into them; the paper has 3."""
     merge: Merge = "mean"

@@ -4,6 +4,8 @@ generate() and every model count *logical* tokens: those of the uncompressed con
 holds fewer, and tells the two users of a cache layer apart: ``get_seq_length`` is logical, so continuation, positions
 and further turns stay right, while ``get_mask_sizes`` says that the keys start ``removed`` tokens late, the way a
 sliding window does. Every attention backend of transformers already knows how to mask that.
+
+A cache knows lengths and which of its keys are padding; it knows nothing of images.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def check_arguments(family: Family, upstream: Upstream, layers: bool) -> None:
         if make is None:
             raise broken(f"a function {name}() that makes masks", "none of that name")
         _check_arguments(f"{name}()", parameters(make), "mask function")
-    found = with_implementation(family.language_model.config, "visiontrim")._attn_implementation
-    if found != "visiontrim":
+    found = with_implementation(family.language_model.config, "another")._attn_implementation
+    if found != "another":
         raise broken("a configuration that names the attention function of one module", f"{found!r} after naming one")
 
 

@@ -2,7 +2,8 @@
 
 The layers after it, the projector and the language model run on fewer tokens. Special tokens ([CLS], registers)
 stand before the patches and never merge. Behind the encoder every place holds what its token was merged into, and
-:mod:`.vision` keeps the slots of the survivors, so that generate() sees the uncompressed prompt.
+:mod:`.vision` keeps the slots of the survivors, so that generate() sees the uncompressed prompt. It knows the encoder's
+layers; it does not know where the tokens stand in a prompt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The questions of a run, encoded once."""
+"""The questions of a run, encoded once.
+
+It knows which row of a batch asks what; it does not know what a method makes of a question.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Probes (:mod:`.probe`) stay on the attention modules that a step listens to for as long as a run is open; in a step of
 decoding they do nothing, unless the method chooses what it sees (:mod:`.decoding`). What is heard lives in the pass, so
-threads do not mix, and rows of attention are computed when the step's view is built, only those that it asks for.
+threads do not mix, and rows of attention are computed when the step's view is built, only those that it asks for. It
+knows what decoder layers show; it does not know what is chosen by it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Units stay whole: their patches stand side by side in a token, so that a unit me
 The encoder gets hidden states [pictures, special + patches, dim], the patches in raster order until something merged
 and unit by unit from then on; or one sequence [patches, dim] of all pictures, unit by unit, in an order that the family
 knows (:class:`~visiontrim.models.layout.Packing`).
+
+It knows the encoder's sequence; it does not know which tokens stay.
 """
 
 from __future__ import annotations

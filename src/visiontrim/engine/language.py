@@ -2,7 +2,8 @@
 
 generate() and the model see the uncompressed prompt throughout. The hooks here squeeze removed tokens out on the way
 in, give later layers the masks and rotary embeddings of the tokens that are left, note what every cache layer lacks,
-and put the last hidden states back to full length on the way out.
+and put the last hidden states back to full length on the way out. It knows when each of these happens; how is known in
+the rooms below, and how images were encoded, in none of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Positions, Step
@@ -37,7 +37,7 @@ from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
-from visiontrim.engine.upstream import Upstream, given_cache
+from visiontrim.engine.upstream import Cache, Upstream, given_cache
 from visiontrim.models.family import Family
 
 

@@ -1,4 +1,7 @@
-"""Masks that a model has prepared itself, because its images attend in both directions, cut down to what is left."""
+"""Masks that a model has prepared itself, because its images attend in both directions, cut down to what is left.
+
+It knows rows and columns of a mask; it does not know why a token is gone.
+"""
 
 from __future__ import annotations
 

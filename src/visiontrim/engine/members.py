@@ -13,6 +13,8 @@ first, begun anew where there are fewer than K. Differences: the paper has the n
 which the engine knows no features, so here it is nearest on the grid; the released code has the last ones in raster
 order. Tokens that merge again in a later stage get the nearest of all members, where the paper shares the chunks out
 between the parents.
+
+It knows where each token went; it does not know why.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What the vision encoder gave for earlier images, kept on the host, so that a later turn can select anew.
 
-Equal pictures of one call, such as several questions about one picture in a batch, can be encoded once.
+Equal pictures of one call, such as several questions about one picture in a batch, can be encoded once. It knows inputs
+and outputs of an encoder; it does not know what is kept of them.
 """
 
 from __future__ import annotations

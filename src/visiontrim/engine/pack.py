@@ -1,4 +1,7 @@
-"""Slots and packing: how removed tokens are marked, squeezed out, and put back."""
+"""Slots and packing: how removed tokens are marked, squeezed out, and put back.
+
+It knows places in a sequence; it does not know what stands there.
+"""
 
 from __future__ import annotations
 

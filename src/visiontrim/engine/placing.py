@@ -1,4 +1,7 @@
-"""Where the tokens of what is encoded belong: to which row, image, part of an image, and placeholder."""
+"""Where the tokens of what is encoded belong: to which row, image, part of an image, and placeholder.
+
+It knows grids and placeholders; it does not know which tokens stay.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _probed: WeakKeyDictionary[nn.Module, tuple[Any, list[Listener]]] = WeakKeyDicti
 
 
 class AttentionProbe:
-    """Lets ``listener`` hear the attention module ``module``; the last one to leave gives the module its config back."""
+    """Lets ``listener`` hear the attention module ``module``, which has its own config again once nobody listens."""
 
     def __init__(self, module: nn.Module, listener: Listener) -> None:
         self._module: Any = module

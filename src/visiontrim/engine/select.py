@@ -1,4 +1,7 @@
-"""Images in a forward of the language model: where their tokens are, and what a step between layers sees of them."""
+"""Images in a forward of the language model: where their tokens are, and what a step between layers sees of them.
+
+It knows the places of tokens and asks a step which stay; it does not drop any.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Everything that is attached to a model while a run is open, and the state of the calls that pass through it."""
+"""Everything that is attached to a model while a run is open.
+
+It knows where a call of the model begins and ends, and which stages a method has; it does not know what they do.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Signals of the vision encoder: those of its attention by the queries and keys that a module shows, and the picture.
 
-Knows how they are computed and carried to the tokens that are left, not when a step asks for them.
+It knows how they are computed and carried to the tokens that are left; it does not know when a step asks for them.
 """
 
 from __future__ import annotations

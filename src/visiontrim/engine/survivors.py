@@ -1,4 +1,7 @@
-"""Which tokens are left, what they carry, and where they stand."""
+"""Which tokens are left, what they carry, and where they stand.
+
+It knows one image's grid; it does not know batches, prompts and models.
+"""
 
 from __future__ import annotations
 

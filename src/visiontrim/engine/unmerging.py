@@ -9,6 +9,8 @@ cache holds the repeated keys and values: memory and decoding are those of the p
 
 What a method dropped instead of merging it is gone in attention, too. This is the default of the released code; its
 "exact" variant computes the same from dot products of the merged tokens. Difference: batches.
+
+It knows where each token went; it does not know why.
 """
 
 from __future__ import annotations

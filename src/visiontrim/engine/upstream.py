@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import __version__, masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 __all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "Upstream"]
 
+RELEASE = __version__
 RELEASES = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
 """What the tests run on (``make matrix``)."""
 CACHE_NAMES = ("cache", "past_key_values")

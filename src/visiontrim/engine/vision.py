@@ -1,4 +1,7 @@
-"""The vision stage: where the encoder's features become vision tokens."""
+"""The vision stage: where the encoder's features become vision tokens.
+
+It knows what was encoded and asks a step which tokens stay; it does not know the language model.
+"""
 
 from __future__ import annotations
 

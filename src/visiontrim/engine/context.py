@@ -1,16 +1,18 @@
 """What the stages of a run share: the call and the pass in progress in this thread, the clock, and where traces go.
 
-It knows who is inside the model at the moment; it knows nothing of models, hooks and methods.
+It knows who is inside the model at the moment; it knows nothing of hooks and methods.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.trace import Trace
@@ -20,16 +22,21 @@ from visiontrim.engine.forward import Forward
 Clock = Callable[[str], AbstractContextManager]
 """Gives a context that times what runs in it under a name."""
 
+Exact = Callable[[Tensor], Tensor]
+"""Brings features into the precision in which a method looks at them."""
+
 
 class Context:
     """State of a run that is open. That of a call lives in context variables, so threads do not mix.
 
     Args:
+        model: the model of transformers.
         finish: called with the trace of every prefill that held images.
         clock: times the method's own work under the name "method".
     """
 
-    def __init__(self, finish: Callable[[Trace], None], clock: Clock | None = None) -> None:
+    def __init__(self, model: Any, finish: Callable[[Trace], None], clock: Clock | None = None) -> None:
+        self._model = model
         self.finish = finish
         self._clock: Clock = clock if clock is not None else lambda name: nullcontext()
         self._call: ContextVar[Call | None] = ContextVar("visiontrim_call", default=None)
@@ -81,7 +88,22 @@ class Context:
             self._idle.wait_for(lambda: not self._inside)
 
     @contextmanager
-    def choosing(self) -> Iterator[None]:
-        """The method's own work: timed, and without gradients."""
-        with self._clock("method"), torch.no_grad():
-            yield
+    def choosing(self) -> Iterator[Exact]:
+        """The method's own work: timed, without gradients, and in the precision of the model's weights.
+
+        Gives a function that brings features into that precision, from a lower one under autocast, which is off here.
+        """
+        lowered = [kind for kind in {"cpu", self._model.device.type} if torch.is_autocast_enabled(kind)]
+        with ExitStack() as stack:
+            stack.enter_context(self._clock("method"))
+            stack.enter_context(torch.no_grad())
+            for kind in lowered:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield self._as_weights if lowered else _as_it_is
+
+    def _as_weights(self, features: Tensor) -> Tensor:
+        return features.to(self._model.dtype)
+
+
+def _as_it_is(features: Tensor) -> Tensor:
+    return features

@@ -22,7 +22,7 @@ from visiontrim.core.method import Step
 from visiontrim.core.signals import EncoderSignals, Key
 from visiontrim.core.view import View
 from visiontrim.engine.call import Call, Encoding
-from visiontrim.engine.context import Context
+from visiontrim.engine.context import Context, Exact
 from visiontrim.engine.inside import Inside
 from visiontrim.engine.pack import gather
 from visiontrim.engine.placing import placed
@@ -106,8 +106,8 @@ class EncoderStage:
         changed: dict[str, Any] = {}
         if index in self._steps:
             hidden = args[0] if args else kwargs["hidden_states"]
-            with self._context.choosing():
-                changed["hidden_states"] = self._merge(call, call.encoding, index, hidden)
+            with self._context.choosing() as exact:
+                changed["hidden_states"] = self._merge(call, call.encoding, index, hidden, exact)
         if (inside := self._inside()) is not None:
             windowed = self._family.windowed(call.encoding.kind, index)
             changed |= _arguments(inside, windowed, [name for name, value in kwargs.items() if value is not None])
@@ -120,7 +120,7 @@ class EncoderStage:
         args = (*(changed.pop(name, args[place]) for place, name in enumerate(names)), *args[len(names) :])
         return args, kwargs | changed
 
-    def _merge(self, call: Call, encoding: Encoding, index: int, hidden: Tensor) -> Tensor:
+    def _merge(self, call: Call, encoding: Encoding, index: int, hidden: Tensor, exact: Exact) -> Tensor:
         """Let the step before layer ``index`` merge tokens of what the layer gets."""
         step, special = self._steps[index], self._family.special_tokens
         inside = encoding.inside or self._begin(call, encoding)
@@ -135,7 +135,7 @@ class EncoderStage:
         for number, features in enumerate(tokens):
             signals: dict[Key, Tensor] = {name: values[number].mean(2) for name, values in heard.items()}
             signals |= {name: values[number] for name, values in pixels.items()}
-            keep = checked_select(step, self._view(encoding, inside, number, features, signals))
+            keep = checked_select(step, self._view(encoding, inside, number, exact(features), signals))
             keeps.append(keep)
             outputs.append(gather(features, keep.index) if keep.features is None else keep.features.to(hidden.dtype))
         encoding.inside = after = inside.after(keeps, step)

@@ -241,11 +241,12 @@ class LanguageStage:
         """Select at a stage between layers, and begin the segment of the layers after it."""
         index = None
         if isinstance(forward, Prefill):
-            with self._context.choosing():
+            with self._context.choosing() as exact:
                 given = kwargs | self._segments.arguments(forward, layer, hidden, kwargs)
-                self._hearing.before_step(forward, layer, hidden, args, given)
+                self._hearing.before_step(forward, layer, exact(hidden), args, given)
+                norm = self._family.input_norm(layer)
                 hidden, keep, columns, marks = select_between_layers(
-                    forward, self._steps[layer], hidden, len(self._model.layers), self._family.input_norm(layer)
+                    forward, self._steps[layer], hidden, len(self._model.layers), norm, exact
                 )
                 forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:

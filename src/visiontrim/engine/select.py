@@ -15,6 +15,7 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Step
 from visiontrim.core.signals import DecoderSignals, MissingSignal, TextSignals
 from visiontrim.core.view import Keep, View
+from visiontrim.engine.context import Exact
 from visiontrim.engine.forward import Prefill
 from visiontrim.engine.groups import Group
 from visiontrim.engine.hearing import Asked
@@ -101,6 +102,7 @@ def select_between_layers(
     hidden: Float[Tensor, "batch tokens dim"],
     num_layers: int,
     norm: Callable[[Tensor], Tensor],
+    exact: Exact,
 ) -> tuple[Tensor, Bool[Tensor, "batch tokens"], list[Tensor] | None, list[Tensor]]:
     """Let ``step`` select among the vision tokens that are left; ``norm`` is the input norm of the coming layer.
 
@@ -109,14 +111,15 @@ def select_between_layers(
     """
     alive = prefill.alive
     keep = torch.ones_like(alive.valid)
-    asked = Asked(prefill, step, hidden, norm)
+    seen = exact(hidden)
+    asked = Asked(prefill, step, seen, norm)
     columns, marks, groups, merged = [], [], [], hidden
     for number, (group, rows, column, mark) in enumerate(
         zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True)
     ):
         decoder, text = asked.of_group(number) if group.kept else (DecoderSignals(), TextSignals())
         view = View(
-            features=hidden[rows[:, None], column],
+            features=seen[rows[:, None], column],
             coordinates=group.coordinates,
             grid=group.grid,
             entered=group.entered,

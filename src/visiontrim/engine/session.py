@@ -74,7 +74,7 @@ class Session:
     ) -> None:
         self._family = family
         self._questions = questions
-        self.context = context = Context(finish, clock)
+        self.context = context = Context(family.model, finish, clock)
         inside = family.depth("image") if family.encoder_layers("image") else 0
         whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
         depth = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole)

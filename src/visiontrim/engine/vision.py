@@ -194,9 +194,9 @@ class VisionStage:
                 group = old = replace(old, now=now, history=history)
                 at, index = at.gather(1, now.index), index.gather(1, now.index)
             if step is not None:
-                with self._context.choosing():
+                with self._context.choosing() as exact:
                     here: dict[Key, Tensor] = {signal: value[index] for signal, value in signals.items()}
-                    keep = checked_select(step, self._view(call, encoding, old, features[at], at, here))
+                    keep = checked_select(step, self._view(call, encoding, old, exact(features[at]), at, here))
                 group, merged = old.after(keep, step.site), keep.features
                 merged = features[at.gather(1, keep.index)] if merged is None else merged
                 at = at.gather(1, keep.index.sort(-1).values)

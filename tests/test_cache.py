@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import tiny
 import visiontrim as vt
 from releases import CACHE
 from tiny import close, generate, llava, prompts
-from visiontrim.engine.cache import TrimmedLayer, cache_bytes, check_cache, physical_length
+from visiontrim.engine.cache import Trimmed, TrimmedLayer, cache_bytes, check_cache, physical_length
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -97,3 +97,60 @@ def test_layers_that_cannot_lack_tokens_are_refused():
     cache.layers.append(StaticLayer(max_cache_len=4))
     with pytest.raises(vt.TrimError, match=r"layer 1 of the cache is a StaticLayer.*use a DynamicCache"):
         check_cache(cache)
+
+
+def test_a_layer_keeps_its_home():
+    """An offloaded cache keeps its tensors on the host between steps; the layer's device says where they belong."""
+    layer = DynamicLayer()
+    layer.update(torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8))
+    keys = layer.keys
+    layer.device = torch.device("meta")
+    trimmed = Trimmed.take_over(layer)
+    assert trimmed.device == torch.device("meta")
+    assert trimmed.keys is keys
+
+
+quantized = pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="transformers 5.22 and older")
+
+
+@quantized
+def test_a_quantized_cache_holds_what_is_left():
+    model, inputs = llava(), prompts((3, "image", 5))
+    text, given = model.model.language_model, []
+
+    def note(module, args, kwargs):
+        given.append((args[0], kwargs["position_ids"]))
+
+    hook = text.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    cache = fp8_cache()
+    with vt.trim(model, vt.Random(keep=9) | vt.Random(keep=4, layer=2)) as run:
+        out = generate(model, inputs, **{CACHE: cache}, max_new_tokens=4)
+        exact = generate(model, inputs, max_new_tokens=1)
+    hook.remove()
+    text_tokens = inputs["input_ids"].shape[1] - tiny.PATCHES
+    held = [text_tokens + count for count in (9, 9, 4, 4, 4)]
+    assert run.trace.cache_lengths == tuple(held)
+    assert [physical_length(cache, index) for index in range(tiny.LAYERS)] == [length + 3 for length in held]
+    assert torch.equal(out.logits[0], exact.logits[0]), "the prefill is in full precision"
+    again = fp8_cache()
+    text(inputs_embeds=given[0][0], position_ids=given[0][1], **{CACHE: again})
+    for ours, theirs in zip(cache.layers[:2], again.layers[:2], strict=True):
+        codes, scale = ours._quantized_keys
+        expected, expected_scale = theirs._quantized_keys
+        assert torch.equal(codes[:, :, : held[0]].float(), expected.float())
+        assert scale == expected_scale
+    stored = sum(2 * 2 * 16 * (length + 3) for length in held)  # a byte for each entry
+    assert cache_bytes(cache) == stored + 2 * 4 * tiny.LAYERS  # and two scales a layer
+
+
+def fp8_cache():
+    cache = DynamicCache()
+    cache.layers = [cache_utils.Fp8QuantizedLayer() for _ in range(tiny.LAYERS)]
+    return cache
+
+
+@quantized
+def test_what_narrows_the_cache_does_not_take_a_quantized_one():
+    model, inputs = llava(), prompts((3, "image", 5))
+    with vt.trim(model, "mustdrop:keep=8"), pytest.raises(vt.TrimError, match="Fp8QuantizedLayer cannot give up"):
+        model(**inputs, **{CACHE: fp8_cache()})

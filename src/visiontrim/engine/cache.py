@@ -1,6 +1,6 @@
 """Key-value caches that hold fewer tokens than the conversation has.
 
-generate() and every model count *logical* tokens: those of the uncompressed conversation. A :class:`TrimmedLayer`
+generate() and every model count *logical* tokens: those of the uncompressed conversation. A :class:`Trimmed` one
 holds fewer, and tells the two users of a cache layer apart: ``get_seq_length`` is logical, so continuation, positions
 and further turns stay right, while ``get_mask_sizes`` says that the keys start ``removed`` tokens late, the way a
 sliding window does. Every attention backend of transformers already knows how to mask that.
@@ -10,8 +10,10 @@ A cache knows lengths and which of its keys are padding; it knows nothing of ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.engine.upstream import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from visiontrim.engine.upstream import CACHE_TENSORS, QUANTIZED, Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 @dataclass
@@ -41,15 +43,21 @@ class Glanced:
         return Glanced(function(self.places), function(self.valid), *last)
 
 
-class TrimmedLayer(DynamicLayer):
-    """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation.
+_Base = DynamicLayer if TYPE_CHECKING else object  # it stands before the class of a layer of any kind
+
+
+class Trimmed(_Base):
+    """What a cache layer of any kind becomes whose keys and values lack tokens of the conversation.
 
     A sliding window counts the tokens that are left: one that took over a sliding-window layer keeps all of them, and
-    the model's mask hides those outside.
+    the model's mask hides those outside. A quantised layer gets what is left in full precision, and quantises that.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._lacks_nothing()
+
+    def _lacks_nothing(self) -> None:
         self.removed: int = 0
         """Logical length minus physical length."""
         self.trimmed_to: int = 0
@@ -62,12 +70,12 @@ class TrimmedLayer(DynamicLayer):
         """What steps of decoding have to know of each other (:mod:`.decoding`); None: they need nothing."""
 
     @classmethod
-    def take_over(cls, layer: DynamicLayer) -> TrimmedLayer:
-        """A trimmed layer with the keys and values that ``layer`` holds."""
-        new = cls()
-        if layer.keys is not None and layer.values is not None:
-            new.lazy_initialization(layer.keys, layer.values)
-            new.keys, new.values = layer.keys, layer.values
+    def take_over(cls, layer: Any) -> Any:
+        """A trimmed layer with all that ``layer`` has: keys and values, and the device that is their home."""
+        kind = trimmed_class(type(layer))
+        new = kind.__new__(kind)
+        new.__dict__.update(layer.__dict__)
+        new._lacks_nothing()
         return new
 
     def note_removal(
@@ -89,6 +97,11 @@ class TrimmedLayer(DynamicLayer):
 
     def narrow(self, index: Int[Tensor, "batch left"], chunk: int) -> None:
         """Leave, of the ``chunk`` tokens just cached, those at ``index``, and all that were there before."""
+        if not isinstance(self, TrimmedLayer):
+            raise TrimError(
+                f"the method drops tokens from what is cached already, which a {type(self).__name__} cannot give up: "
+                "use a DynamicCache (cache_implementation=None or 'dynamic')"
+            )
         assert self.keys is not None and self.values is not None  # noqa: PT018
         before = torch.arange(self.keys.shape[-2] - chunk, device=index.device).expand(len(index), -1)
         index = torch.cat([before, before.shape[1] + index], 1)[:, None, :, None].to(self.keys.device)
@@ -108,6 +121,11 @@ class TrimmedLayer(DynamicLayer):
             old = mask.new_ones(mask.shape[0], self.trimmed_to, dtype=torch.bool)
         return torch.cat([old, mask[:, self.trimmed_to :].bool()], dim=1)
 
+    @property
+    def held(self) -> int:
+        """Tokens whose keys and values are there."""
+        return super().get_seq_length()
+
     def get_seq_length(self) -> int:
         return super().get_seq_length() + self.removed
 
@@ -126,8 +144,7 @@ class TrimmedLayer(DynamicLayer):
         self.keys = self.values = None  # dropped: transformers 5.16 would only zero them
         self.is_initialized = False
         super().reset()
-        self.removed = self.trimmed_to = 0
-        self.key_mask = self.shift = self.glanced = None
+        self._lacks_nothing()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -147,10 +164,29 @@ class TrimmedLayer(DynamicLayer):
         self.glanced = None if self.glanced is None else self.glanced.rows(function)
 
 
+class TrimmedLayer(Trimmed, DynamicLayer):
+    """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation."""
+
+
+@functools.cache
+def trimmed_class(kind: type) -> Any:
+    """The class of a layer of a cache that lacks tokens, for one of class ``kind``."""
+    if issubclass(kind, Trimmed):
+        return kind
+    if kind in (DynamicLayer, DynamicSlidingWindowLayer):
+        return TrimmedLayer
+    return type(f"Trimmed{kind.__name__}", (Trimmed, kind), {"__module__": __name__})
+
+
+def can_lack(layer: Any) -> bool:
+    """Whether a layer of a cache can hold fewer tokens than the conversation has."""
+    return isinstance(layer, Trimmed | QUANTIZED) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 def check_cache(cache: Cache | None) -> None:
     """Raise :class:`TrimError` unless every layer of ``cache`` can hold its own number of tokens."""
     for index, layer in enumerate(cache.layers if cache is not None else ()):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, TrimmedLayer):
+        if not can_lack(layer):
             raise TrimError(
                 f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
                 "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"
@@ -167,10 +203,10 @@ def check_window(cache: Cache | None, length: int) -> None:
             )
 
 
-def trimmed_layer(cache: Cache | None, index: int) -> TrimmedLayer | None:
+def trimmed_layer(cache: Cache | None, index: int) -> Trimmed | None:
     """Layer ``index`` of ``cache`` if tokens were removed from it."""
     layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-    return layer if isinstance(layer, TrimmedLayer) else None
+    return layer if isinstance(layer, Trimmed) else None
 
 
 def chunk_mask(
@@ -189,33 +225,34 @@ def chunk_mask(
     return torch.cat([past_mask.bool(), valid], dim=1)
 
 
-def make_trimmed(cache: Cache, index: int) -> TrimmedLayer:
+def make_trimmed(cache: Cache, index: int) -> Trimmed:
     """Make layer ``index`` of a ``cache`` that :func:`check_cache` let pass one that can lack tokens, and return it."""
     while len(cache.layers) <= index:  # a cache built without a config grows layer by layer
         cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
-    if isinstance(layer, TrimmedLayer):
+    layer: Any = cache.layers[index]
+    if isinstance(layer, Trimmed):
         return layer
-    assert isinstance(layer, DynamicLayer)
-    trimmed = cache.layers[index] = TrimmedLayer.take_over(layer)
+    trimmed = cache.layers[index] = Trimmed.take_over(layer)
     return trimmed
 
 
 def physical_length(cache: Cache, index: int) -> int:
     """Tokens that layer ``index`` really holds."""
-    keys, _ = _held(cache, index)
-    return 0 if keys is None else keys.shape[-2]
+    layer: Any = cache.layers[index] if index < len(cache.layers) else None
+    if layer is None or getattr(layer, "is_initialized", False) is False:
+        return 0
+    if isinstance(layer, DynamicLayer) and not isinstance(layer, QUANTIZED):
+        return layer.keys.shape[-2]  # pyright: ignore[reportOptionalMemberAccess]  # a sliding window forgets
+    return layer.held if isinstance(layer, Trimmed) else layer.get_seq_length()
 
 
 def cache_bytes(cache: Cache | None) -> int:
-    """Bytes of all keys and values in ``cache``."""
-    if cache is None:
-        return 0
-    held = (tensor for index in range(len(cache.layers)) for tensor in _held(cache, index))
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
+    """Bytes of all keys and values in ``cache``, as they are stored."""
+    return sum(part.nbytes for layer in (cache.layers if cache is not None else ()) for part in _parts(layer))
 
 
-def _held(cache: Cache, index: int) -> tuple[Tensor | None, Tensor | None]:
-    """Keys and values of a layer; None before anything is cached."""
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    return getattr(layer, "keys", None), getattr(layer, "values", None)
+def _parts(layer: Any) -> Iterator[Tensor]:
+    """The tensors in which a layer of a cache stores keys and values."""
+    for name in CACHE_TENSORS:
+        stored = getattr(layer, name, None)
+        yield from (part for part in (stored if isinstance(stored, tuple) else (stored,)) if isinstance(part, Tensor))

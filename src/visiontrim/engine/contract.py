@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from visiontrim.core.errors import TrimError
-from visiontrim.engine.cache import TrimmedLayer, physical_length
+from visiontrim.engine.cache import Trimmed, physical_length
 from visiontrim.engine.call import Call
 from visiontrim.engine.forward import Prefill
 from visiontrim.engine.upstream import (
@@ -59,7 +59,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "lazy_initialization",
     ),
 }
-"""Attributes and methods; of a dynamic cache's layers what :class:`TrimmedLayer` overrides or calls."""
+"""Attributes and methods; of a dynamic cache's layers what :class:`Trimmed` overrides or calls."""
 OUTPUTS: dict[str, tuple[Name, ...]] = {
     "text model": ("last_hidden_state", CACHE_NAMES),
     "get_image_features": ("pooler_output",),
@@ -194,5 +194,5 @@ def _fields(output: Any) -> Iterator[str]:
 def _lengths(cache: Cache) -> Iterator[tuple[int, int]]:
     """(layer, tokens that it holds) of the layers that hold everything since the conversation began."""
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, TrimmedLayer) or type(layer) is DynamicLayer:
+        if isinstance(layer, Trimmed) or type(layer) is DynamicLayer:
             yield index, physical_length(cache, index)

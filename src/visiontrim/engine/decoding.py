@@ -24,7 +24,7 @@ from torch import Tensor
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Step
 from visiontrim.core.view import Glance
-from visiontrim.engine.cache import Glanced, TrimmedLayer, make_trimmed, physical_length, trimmed_layer
+from visiontrim.engine.cache import Glanced, Trimmed, make_trimmed, physical_length, trimmed_layer
 from visiontrim.engine.context import Context
 from visiontrim.engine.forward import Forward, Prefill, Segment
 from visiontrim.engine.pack import gather, pack_left
@@ -73,7 +73,7 @@ class DecodingStage:
             )
         return forward.past + forward.length > end
 
-    def _held(self, forward: Forward) -> TrimmedLayer | None:
+    def _held(self, forward: Forward) -> Trimmed | None:
         return trimmed_layer(forward.cache, self.layer)
 
     def note(self, prefill: Prefill) -> None:
@@ -116,9 +116,7 @@ class DecodingStage:
         return attention_rows(query, key, scaling=scaling, key_mask=mask)[:, :, 0].mean(1)
 
     @staticmethod
-    def _visible(
-        forward: Forward, held: TrimmedLayer, hidden: Bool[Tensor, "batch tokens"]
-    ) -> Bool[Tensor, "batch length"]:
+    def _visible(forward: Forward, held: Trimmed, hidden: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch length"]:
         """Key mask in logical columns without the vision tokens that are ``hidden``."""
         assert held.glanced is not None
         places, length = held.glanced.places, forward.past + 1

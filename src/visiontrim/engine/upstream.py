@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import __version__, masking_utils
+from transformers import __version__, cache_utils, masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -31,6 +31,11 @@ FEATURE_NAMES = ("mm_encoder_outputs",)
 """What the argument has been called in which generate() hands encoded images on; before 5.19 there was none."""
 MASKS = {"full_attention": "create_causal_mask", "sliding_attention": "create_sliding_window_causal_mask"}
 """By the type of a decoder layer, the function of transformers that makes its attention mask."""
+
+CACHE_TENSORS = ("keys", "values", "_quantized_keys", "_quantized_values")
+"""Attributes in which layers of caches store keys and values: tensors, or tuples with tensors."""
+QUANTIZED: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+"""Layers of caches that store keys and values with fewer bits, of all kinds."""
 
 
 def parameters(function: Callable) -> tuple[str, ...]:

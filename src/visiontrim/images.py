@@ -39,6 +39,11 @@ def load_image(source: str | Path) -> Image.Image:
         return _decode(file, text)
 
 
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """The picture in ``content``, as :func:`load_image` gives it; ``name`` says in errors where it comes from."""
+    return _decode(_limited(content, name), name)
+
+
 def as_seen(image: Image.Image, image_processor: Any) -> Image.Image:
     """The region of ``image`` that a CLIP-like ``image_processor`` hands to the model, in original pixels.
 

@@ -33,7 +33,7 @@ from visiontrim.core.signals import Signal
 from visiontrim.core.view import Keep, View
 from visiontrim.engine.probe import AttentionProbe, Listener
 from visiontrim.evaluate.asking import encode
-from visiontrim.evaluate.suites import Item
+from visiontrim.evaluate.items import Item
 from visiontrim.methods.base import cls_attention
 from visiontrim.models.family import Family, family_of
 from visiontrim.ops.attention import attention_rows

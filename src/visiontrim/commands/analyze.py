@@ -50,7 +50,8 @@ def analyze(
     """Where the language model and the vision encoder look, over a stream of questions."""
     from visiontrim.analyze import plots
     from visiontrim.analyze.attention import observe
-    from visiontrim.evaluate.suites import SHAPES, read_items, shapes
+    from visiontrim.evaluate.files import read_items
+    from visiontrim.evaluate.suites import SHAPES, shapes
     from visiontrim.plotting import pyplot
 
     pyplot()  # told before the work, if it is missing

@@ -1,17 +1,19 @@
-"""A batch of questions to a model with a method, and the log that a stopped evaluation goes on from."""
+"""A batch of questions to a model with a method: encoded, answered, and remembered in the log."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature
 
 from visiontrim.ask import Speaker
@@ -19,7 +21,10 @@ from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
 from visiontrim.core.registry import load_method
-from visiontrim.evaluate.suites import Item, Suite, digest
+from visiontrim.evaluate.fingerprint import fingerprint, setup
+from visiontrim.evaluate.items import Digests, Item, Suite
+from visiontrim.evaluate.log import Key, Log, Row
+from visiontrim.evaluate.protocol import Protocol
 from visiontrim.measure import Clock
 from visiontrim.run import Run, trim
 
@@ -44,133 +49,132 @@ class Cell:
         return method if seed is None else dataclasses.replace(method, seed=seed + batch)  # pyright: ignore[reportArgumentType]
 
 
-Key = tuple[str, str, Amount | None, str]
-"""Weights, method, budget and questions: what tells rows apart."""
-
-
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What a cell answered to a batch, one line of the log."""
+class Said:
+    """Answers to a batch, the closed run, and the seconds of its parts."""
 
-    weights: str
-    method: str
-    """With every option, as JSON: a row must not outlive a change of a default."""
-    keep: Amount | None
-    questions: str
-    """Digest of the batch."""
-    ids: tuple[str, ...]
-    predictions: tuple[str, ...]
-    """() where the method cannot work at this budget."""
-    error: str
-    """Why it cannot, else ""."""
-    per_layer: tuple[float, ...]
-    """Mean vision tokens of an image that each decoder layer processed."""
-    seconds: Mapping[str, float]
-    """Of ``vision``, ``method``, ``prefill`` and ``decode``."""
-
-    @property
-    def key(self) -> Key:
-        return self.weights, self.method, self.keep, self.questions
-
-
-class Log:
-    """Rows in a file of JSON lines, which is read when it is opened and grows with every row."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._rows = {row.key: row for row in map(_row, lines)}
-
-    def get(self, key: Key) -> Row | None:
-        return self._rows.get(key)
-
-    def add(self, row: Row) -> None:
-        self._rows[row.key] = row
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
-
-
-def _row(line: str) -> Row:
-    fields: dict[str, Any] = json.loads(line)
-    fields.update({name: tuple(fields[name]) for name in ("ids", "predictions", "per_layer")})
-    return Row(**fields)
+    texts: tuple[str, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each answer, without the end."""
+    run: Run | None
+    """None for questions without pictures, where nothing is compressed."""
+    seconds: dict[str, float]
 
 
 class Examiner:
     """Asks the questions of a suite in batches, and remembers in ``log`` what was answered."""
 
-    def __init__(self, speaker: Speaker, suite: Suite, log: Log, batch: int) -> None:
+    def __init__(self, speaker: Speaker, suite: Suite, log: Log, batch: int, protocol: Protocol | None = None) -> None:
         self.speaker, self.suite, self._log = speaker, suite, log
+        self.protocol = protocol or Protocol()
         self.batches = suite.batches(batch)
+        _ready(speaker)
         self.weights = fingerprint(speaker.model)
+        self._name = f"{self.weights}-{setup(speaker)}"
+        self._digests = Digests()
         self._inputs: tuple[int, BatchFeature] | None = None
+        self._questions: dict[int, str] = {}
 
-    def ask(self, cell: Cell, number: int) -> Row:
-        """What ``cell`` says to batch ``number``: from the log if it is there, else asked now and logged."""
-        items = self.batches[number]
+    def ask(self, cell: Cell, number: int) -> tuple[Row, bool]:
+        """What ``cell`` says to batch ``number``, and whether it was asked now: else it is from the log.
+
+        Questions without pictures are the same to every method: they have the plain model's answers.
+        """
+        cell = cell if self.batches[number][0].sources else Cell(PLAIN, None)
         method = cell.load(number)
-        key: Key = (self.weights, json.dumps(method.to_dict()), cell.keep, digest(items))
+        key: Key = (self._name, json.dumps(method.to_dict()), cell.keep, self._digest(number))
         row = self._log.get(key)
-        if row is None:
-            row = self._ask(method, cell, number, key)
-            self._log.add(row)
-        return row
+        if row is not None:
+            return row, False
+        row = self._ask(method, cell, number, key)
+        self._log.add(row)
+        return row, True
 
     def _ask(self, method: Method, cell: Cell, number: int, key: Key) -> Row:
         items = self.batches[number]
         ids = tuple(item.id for item in items)
         if self._inputs is None or self._inputs[0] != number:
-            self._inputs = number, encode(self.speaker, items)
-        inputs = self._inputs[1]
+            self._inputs = number, encode(self.speaker, items, self.protocol)
         try:
-            texts, run, seconds = answers(self.speaker, items, inputs, method, self.suite.max_new_tokens)
+            said = answers(self.speaker, items, self._inputs[1], method, self.max_new_tokens, self.protocol)
         except TrimError as error:
             if cell.keep is None:
                 raise
-            return Row(*key, ids, (), str(error), (), {})
-        error, mean = "", run.report.mean
-        if isinstance(cell.keep, int) and abs(mean - cell.keep) > max(1.0, TOLERANCE * cell.keep):
-            error = f"it leaves a mean of {mean:.0f} vision tokens per layer where {cell.keep} were asked for"
-        return Row(*key, ids, tuple(texts), error, run.report.per_layer, seconds)
+            return Row(*key, ids, (), (), str(error), (), {})
+        layers = () if said.run is None else said.run.report.per_layer
+        error = "" if said.run is None else _off(said.run, cell.keep)
+        return Row(*key, ids, said.texts, said.lengths, error, layers, said.seconds)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.protocol.max_new_tokens or self.suite.max_new_tokens
+
+    def _digest(self, number: int) -> str:
+        """Sixteen digits that tell batches apart: what is sent, about which pictures, how long answers may be."""
+        if number not in self._questions:
+            protocol, speaker = self.protocol, self.speaker
+            asked = [
+                (
+                    item.id,
+                    item.prompt or protocol.question(speaker, item),
+                    protocol.guidance(speaker, item),
+                    [self._digests.of(source) for source in item.sources],
+                )
+                for item in self.batches[number]
+            ]
+            how = (protocol.template, protocol.pad, self.max_new_tokens)
+            self._questions[number] = hashlib.sha256(json.dumps([asked, how]).encode()).hexdigest()[:16]
+        return self._questions[number]
 
 
 @torch.inference_mode()
 def answers(
-    speaker: Speaker, items: Sequence[Item], inputs: BatchFeature, method: Method, max_new_tokens: int
-) -> tuple[list[str], Run, dict[str, float]]:
-    """Greedy answers to a batch, the closed run, and the seconds of its parts. Equal pictures are encoded once."""
+    speaker: Speaker,
+    items: Sequence[Item],
+    inputs: BatchFeature,
+    method: Method,
+    max_new_tokens: int,
+    protocol: Protocol | None = None,
+) -> Said:
+    """Greedy answers to a batch of questions, with pictures or without. Equal pictures are encoded once."""
     model: Any = speaker.model
+    protocol = protocol or Protocol()
     with Clock(model) as clock:
-        run = trim(
-            model,
-            method,
-            question=[_question(speaker, item) for item in items],
-            text_tower=speaker.text_tower,
-            processor=speaker.processor,
-            remember=1,
-            clock=clock,
-        )
-        with run:
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = speaker.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts], run, clock.seconds
+        if not items[0].sources:
+            run, output = None, model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        else:
+            run = trim(
+                model,
+                method,
+                question=[protocol.guidance(speaker, item) for item in items],
+                text_tower=speaker.text_tower,
+                processor=speaker.processor,
+                remember=1,
+                clock=clock,
+            )
+            with run:
+                output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    texts = speaker.processor.batch_decode(new, skip_special_tokens=True)
+    return Said(tuple(text.strip() for text in texts), _lengths(speaker, new), run, clock.seconds)
 
 
-def encode(speaker: Speaker, items: Sequence[Item]) -> BatchFeature:
-    """Left-padded inputs for ``generate()``: the prompts of the items, or the processor's chat template."""
+def encode(speaker: Speaker, items: Sequence[Item], protocol: Protocol | None = None) -> BatchFeature:
+    """Left-padded inputs for ``generate()``: the prompts of the items, or a template around pictures and question."""
     processor: Any = speaker.processor
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    processor.tokenizer.padding_side = "left"
-    prompts = [item.prompt for item in items]
+    protocol = protocol or Protocol()
+    _ready(speaker)
+    pictures = [[protocol.shown(picture, processor) for picture in item.pictures()] for item in items]
+    prompts = [protocol.prompt(speaker, item, len(shown)) for item, shown in zip(items, pictures, strict=True)]
     if None not in prompts:
-        images = [picture for item in items for picture in item.pictures()]
+        images = [picture for shown in pictures for picture in shown] or None
         inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
     elif not getattr(processor, "chat_template", None):
         raise TrimError(f"the processor of {speaker.name} has no chat template, which builds the prompts of a batch")
     else:
+        questions = [protocol.question(speaker, item) for item in items]
         inputs = processor.apply_chat_template(
-            [_turn(speaker, item) for item in items],
+            [_turn(shown, question) for shown, question in zip(pictures, questions, strict=True)],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -180,18 +184,33 @@ def encode(speaker: Speaker, items: Sequence[Item]) -> BatchFeature:
     return inputs.to(speaker.model.device, speaker.model.dtype)
 
 
-def _turn(speaker: Speaker, item: Item) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in item.pictures()]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": _question(speaker, item)}]}]
+def _turn(pictures: Sequence[Image.Image], question: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
-def _question(speaker: Speaker, item: Item) -> str:
-    return speaker.normalise(item.question) if item.prompt is None else item.question
+def _ready(speaker: Speaker) -> None:
+    """Let the tokenizer pad on the left, as ``generate()`` wants it."""
+    tokenizer: Any = speaker.processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Eight digits that tell weights, and their dtype, apart."""
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        total.update(f"{name}{tuple(value.shape)}{value.dtype}{value.double().sum().item():.6e}".encode())
-    return total.hexdigest()[:8]
+def _lengths(speaker: Speaker, new: Int[Tensor, "batch tokens"]) -> tuple[int, ...]:
+    """Tokens of each answer before its end."""
+    ends = speaker.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=new.device)
+    return tuple((torch.isin(new, ends).cumsum(1) == 0).sum(1).tolist())
+
+
+def _off(run: Run, keep: Amount | None) -> str:
+    """What is wrong with the mean of tokens per layer, else "". Images of fewer tokens than the budget pass whole."""
+    if not isinstance(keep, int):
+        return ""
+    parts = [list(group) for _, group in itertools.groupby(run.trace.images, key=lambda image: image.number)]
+    wanted = [min(keep, sum(part.total + part.marks for part in image)) for image in parts]
+    asked, mean = sum(wanted) / len(wanted), run.report.mean
+    if abs(mean - asked) <= max(1.0, TOLERANCE * asked):
+        return ""
+    return f"it leaves a mean of {mean:.0f} vision tokens per layer where {asked:.0f} were asked for"

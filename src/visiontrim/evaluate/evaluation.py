@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import list_methods
-from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, Row
+from visiontrim.evaluate.asking import PLAIN, Cell, Examiner
+from visiontrim.evaluate.bootstrap import FEWEST_GROUPS
+from visiontrim.evaluate.log import Row
 from visiontrim.evaluate.scores import Answers, Score
 
 CONTROLS = ("random", "uniform")
@@ -25,6 +25,9 @@ SHALLOW = {"hiprune": "hiprune:middle=2", "vscan": "vscan:shallow=1,layer=4"}
 them, so that they run on the small bundled model too. About the same share of the depth."""
 LEFT_OUT = {PLAIN, *CONTROLS, "dycoke", "evs", "fastvid", "holitom", "st-gridpool", "vidcom2"}
 """Not in "all": controls, which are there anyway, and methods that compare the frames of a video."""
+
+Progress = Callable[[int, int, bool], None]
+"""Is told how many steps are done, of how many, and whether the last one was work or came from the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +73,26 @@ def ablation(name: str) -> Block:
     try:
         known = yaml.safe_load(source.read_text(encoding="utf-8"))
         if key not in known:
-            raise TrimError(f"there is no ablation {key!r} in {source.name}: choose {', '.join(known)}")
+            raise TrimError(f"there is no ablation {key!r} in {source.name}: choose {', '.join(map(str, known))}")
         block = known[key]
         return Block(block["title"], tuple(block["methods"]), tuple(block["keep"]))
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise TrimError(f"{source} holds no ablations (NAME: title, keep, methods): {error}") from error
+    except TrimError:
+        raise
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:  # ValueError: it is no UTF-8
+        reason = " ".join(str(error).split())
+        raise TrimError(f"{source} holds no ablations (NAME: title, keep, methods): {reason}") from error
 
 
 def evaluate(
     examiner: Examiner,
     cells: Sequence[Cell],
     minutes: float | None = None,
-    progress: Callable[[int, int, int], None] = lambda batch, batches, cells: None,
+    progress: Progress = lambda done, total, fresh: None,
 ) -> Answers:
     """Ask the plain model and all ``cells``, batch by batch, until the suite or the time is over.
 
     All cells answer the same questions: a batch after the first one is begun only if the one before says that it will
-    be over within ``minutes``. ``progress`` is told after every cell how many batches are done, of how many, and how
-    many cells of the next.
+    be over within ``minutes``. ``progress`` is told after every cell of every batch.
     """
     cells = list(dict.fromkeys((Cell(PLAIN, None), *cells)))
     rows: dict[Cell, list[Row]] = {cell: [] for cell in cells}
@@ -95,28 +100,39 @@ def evaluate(
     for number in range(batches):
         begun = time.monotonic()
         for done, cell in enumerate(cells, 1):
+            fresh = False
             if not (rows[cell] and rows[cell][-1].error):  # what cannot work will not
-                rows[cell].append(examiner.ask(cell, number))
-            progress(number, batches, done)
+                row, fresh = examiner.ask(cell, number)
+                rows[cell].append(row)
+            progress(number * len(cells) + done, batches * len(cells), fresh)
         now = time.monotonic()
         if minutes is not None and now - start + now - begun > 60 * minutes:
             break
     return Answers(examiner.suite, examiner.batches, rows)
 
 
-def preamble(answers: Answers, examiner: Examiner, command: str) -> str:
-    """What a table says about where it comes from."""
-    plain = answers.whole
-    shown = "" if plain.right is None or not answers.labelled else f" The plain model: **{100 * plain.right:.1f} %**."
-    kind = "" if answers.labelled else " Nobody knows the right answers: what counts is that of the plain model."
-    return (
-        f"`{command}`: {len(answers.items)} questions about {answers.groups} scenes, each answered by every method; "
-        f"weights {examiner.weights}.{shown}{kind} Budgets are the mean of vision tokens per decoder layer, for stages "
-        "between layers too. Methods that draw at random draw anew for every batch (seeds 0, 1, ...); intervals are "
-        "bootstraps over scenes (2,000 draws, seed 0). Times are of this machine, while others may have used it."
+def preamble(answers: Answers, examiner: Examiner, command: str) -> list[str]:
+    """What a report says about where it comes from, in paragraphs."""
+    plain, suite = answers.whole, examiner.suite
+    shown = f" The plain model: **{plain.score:.2f}** of {answers.metric.top:g} ({answers.metric.metric})."
+    if not answers.labelled:
+        shown = " Nobody knows the right answers: what counts is that of the plain model."
+    elif answers.labelled < len(answers.items):
+        shown += f" {answers.labelled} of {len(answers.items)} questions have a label; scores are of these."
+    few = answers.groups < FEWEST_GROUPS
+    spread = (
+        f"{answers.groups} groups are fewer than {FEWEST_GROUPS}, so there are no intervals and nothing is said to "
+        "beat anything"
+        if few
+        else "intervals are 95 %, bootstraps over groups of questions about the same pictures (2,000 draws, seed 0)"
     )
-
-
-def to_dict(score: Score) -> dict[str, Any]:
-    """Ready for JSON."""
-    return dataclasses.asdict(score) | {"beats_reference": score.beats_reference}
+    return [
+        f"`{command}`: {len(answers.items)} questions in {answers.groups} groups, each answered by every method; "
+        f"weights {examiner.weights}.{shown} Budgets are the mean of vision tokens per decoder layer, for stages "
+        f"between layers too. Methods that draw at random draw anew for every batch (seeds 0, 1, ...); {spread}. "
+        "Times are of this machine, while others may have used it.",
+        f"Protocol {examiner.protocol}; at most {examiner.max_new_tokens} new tokens, greedy, "
+        f"{examiner.speaker.model.dtype}".replace("torch.", "")
+        + ".",
+        *suite.notes,
+    ]

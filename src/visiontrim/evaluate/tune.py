@@ -9,6 +9,7 @@ from pathlib import Path
 from visiontrim.core.budget import Amount
 from visiontrim.core.registry import load_method
 from visiontrim.evaluate.asking import PLAIN, Cell
+from visiontrim.evaluate.bootstrap import FEWEST_GROUPS
 from visiontrim.evaluate.scores import Answers, Score
 
 
@@ -19,13 +20,16 @@ class Tuned:
     target: float
     """Retention that was asked for, 1 is the plain model."""
     scores: tuple[Score, ...]
-    """Settings that work, the cheapest first; ``gain`` is against the plain model."""
+    """Settings that work, the cheapest first."""
+    questions: int
+    groups: int
+    """Groups of questions about the same pictures."""
 
     @property
     def frontier(self) -> list[Score]:
         """Settings that no cheaper one, and none as cheap, does better than."""
         best, found = -1.0, []
-        for score in sorted(self.scores, key=lambda score: (score.mean, -(score.retention or 0.0))):
+        for score in sorted(self.scores, key=lambda score: (score.mean or 0.0, -(score.retention or 0.0))):
             if (score.retention or 0.0) > best:
                 best = score.retention or 0.0
                 found.append(score)
@@ -33,22 +37,44 @@ class Tuned:
 
     @property
     def chosen(self) -> Score | None:
-        """The cheapest setting that reaches the target; None where only the plain model does."""
+        """The cheapest setting that reaches the target; None where only the plain model does, or questions are few."""
+        if self.groups < FEWEST_GROUPS:
+            return None
         return next((score for score in self.frontier if (score.retention or 0.0) >= self.target), None)
 
+    @property
+    def sure(self) -> Score | None:
+        """The cheapest setting whose interval reaches the target too."""
+        return next((score for score in self.scores if self.is_sure(score)), None)
+
     def is_sure(self, score: Score) -> bool:
-        """Whether the lower end of the 95 % interval reaches the target too."""
-        if not score.right or not score.retention or score.gain is None:
-            return False
-        plain = score.right / score.retention
-        return (plain + score.gain[1]) / plain >= self.target
+        """Whether the lower end of the 95 % interval of the retention reaches the target."""
+        return score.retention_interval is not None and score.retention_interval[0] >= self.target
+
+    @property
+    def advice(self) -> str:
+        """What to make of the choice, in a sentence."""
+        asked = f"{self.questions} questions in {self.groups} groups"
+        if self.groups < FEWEST_GROUPS:
+            return (
+                f"{asked} are too few to recommend anything: take at least {FEWEST_GROUPS} pictures, better a hundred, "
+                "with questions of your own"
+            )
+        if self.chosen is None:
+            return f"no setting keeps {100 * self.target:g} % on {asked}: give more tokens"
+        low = (self.chosen.retention_interval or (0.0, 0.0))[0]
+        if self.is_sure(self.chosen):
+            return f"its 95 % interval stays above the target on {asked}"
+        other = "no setting of the grid is" if self.sure is None else f"{spelled(self.sure.method, self.sure.keep)} is"
+        return f"its 95 % interval reaches down to {100 * low:.1f} % on {asked}; sure of the target {other}"
 
 
 def tune(answers: Answers, cells: Sequence[Cell], target: float) -> Tuned:
     """``answers`` hold those of the plain model and of all ``cells``."""
     scores = [answers.score(cell, Cell(PLAIN, None)) for cell in cells]
     working = [score for score in scores if not score.error]
-    return Tuned(target, tuple(sorted(working, key=lambda score: score.mean or 0.0)))
+    ordered = tuple(sorted(working, key=lambda score: score.mean or 0.0))
+    return Tuned(target, ordered, len(answers.items), answers.groups)
 
 
 def spelled(method: str, keep: Amount | None) -> str:

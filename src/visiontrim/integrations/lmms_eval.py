@@ -24,7 +24,7 @@ from visiontrim.ask import load
 from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import load_method
 from visiontrim.evaluate.asking import encode
-from visiontrim.evaluate.suites import Item
+from visiontrim.evaluate.items import Item
 from visiontrim.run import trim
 
 MANIFEST = ModelManifest("visiontrim", simple_class_path=f"{__name__}.VisionTrimModel")

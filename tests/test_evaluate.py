@@ -15,11 +15,15 @@ from visiontrim.ask import Speaker, load
 from visiontrim.cli import main
 from visiontrim.commands.options import amounts_of, methods_of
 from visiontrim.core.errors import TrimError
-from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, Log, answers, encode
+from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, answers, encode
+from visiontrim.evaluate.bootstrap import resample
 from visiontrim.evaluate.evaluation import ABLATIONS, Block, ablation, ablations, all_methods, evaluate
 from visiontrim.evaluate.report import markdown, page, sections
-from visiontrim.evaluate.scores import Score, difference
-from visiontrim.evaluate.suites import Item, Suite, load_suite, read_items
+from visiontrim.evaluate.files import read_items
+from visiontrim.evaluate.items import Item, RightAnswers, Suite
+from visiontrim.evaluate.log import Log
+from visiontrim.evaluate.scores import Score
+from visiontrim.evaluate.suites import load_suite
 from visiontrim.evaluate.tune import Tuned
 
 
@@ -59,7 +63,7 @@ def test_the_bundled_qwen_answers_canvases(tmp_path):
     examiner = Examiner(load("bundled-qwen", device="cpu"), suite, Log(tmp_path / "log.jsonl"), 16)
     found = evaluate(examiner, [everything])
     assert found.score(everything).mean == 12 * 16
-    assert (found.whole.right or 0) > 0.9
+    assert (found.whole.score or 0) > 90
     assert found.texts(everything) == found.texts(Cell(PLAIN, None))
     with pytest.raises(TrimError, match="canvas 'standard' is no size"):
         load_suite("canvases", "standard")
@@ -83,16 +87,16 @@ def test_questions_of_a_file_in_both_forms(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     first, second, third = read_items(path)
-    assert (first.answers, first.type, first.id) == (("2", "two"), "count", "1")
-    assert (second.question, second.answers, second.id) == ("What is it?", ("A cat.",), "7")
+    assert (first.answers, first.type, first.id) == (("2", "two"), "count", 1)
+    assert (second.question, second.answers, second.id) == ("What is it?", ("A cat.",), 7)
     assert third.answers == ()
     assert first.is_right("Two.")
     assert second.is_right("a  cat")
     assert not first.is_right("3")
     assert first.pictures()[0].size == (192, 192)
-    assert not load_suite(str(path)).labelled
+    assert load_suite(str(path)).labelled == 2
     path.write_text("{}\n")
-    with pytest.raises(TrimError, match="line 1 asks nothing"):
+    with pytest.raises(TrimError, match="line 1: it asks nothing"):
         list(read_items(path))
 
 
@@ -104,7 +108,8 @@ def test_equal_pictures_of_a_batch_are_encoded_once_with_the_same_result(speaker
     try:
         for method in ("visiontrim:keep=32", "vispruner:keep=32", "none"):
             chosen = vt.load_method(method)
-            ours, run, _ = answers(speaker, items, inputs, chosen, 3)
+            said = answers(speaker, items, inputs, chosen, 3)
+            ours, run = list(said.texts), said.run
             questions, tower_of_text = [item.question for item in items], speaker.text_tower
             with vt.trim(speaker.model, chosen, question=questions, text_tower=tower_of_text) as plain:
                 model = speaker.model
@@ -130,13 +135,16 @@ def test_scores_of_the_controls_and_of_keeping_everything(speaker, suite, tmp_pa
     assert ours.mean == 32.0
     assert len(ours.per_layer) == 8
     right = [item.is_right(text) for item, text in zip(suite.items, found.texts(Cell("visiontrim", 32)), strict=True)]
-    assert ours.right == pytest.approx(np.mean(right))
-    assert ours.gain is not None
-    assert ours.gain[0] == pytest.approx(ours.right - control.right)
+    assert ours.score == pytest.approx(100 * np.mean(right))
+    assert ours.gain == pytest.approx(ours.score - control.score)
+    assert (ours.gain_interval, ours.beats_reference) == (None, None), "one scene says nothing"
+    assert ours.length == 1.0
     assert 0 < ours.method_time < 1
     tables = sections(block, found, list(scores.values()))
-    assert "| `fastv` | 100.0 † | - |" in markdown("t", "x", tables)
-    assert "<td><code>fastv</code></td><td>100.0 †</td><td>-</td>" in page("t", "x", tables)
+    assert "| `fastv` | **100.0** | - |" in markdown("t", ["x"], tables)
+    assert '<td data-value="fastv"><code>fastv</code></td><td data-value="100.0" class=best>100.0</td>' in page(
+        "t", ["x"], tables
+    )
 
 
 def test_a_log_is_gone_on_with(speaker, suite, tmp_path, monkeypatch):
@@ -161,31 +169,48 @@ def test_a_log_is_gone_on_with(speaker, suite, tmp_path, monkeypatch):
 ask = Examiner._ask
 
 
+def difference(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray):
+    """Gain of right answers and its interval, as shares."""
+
+    def sample(right: np.ndarray):
+        return resample(RightAnswers(), np.stack([right, np.ones(len(right))], axis=1).astype(float), groups)
+
+    gain, ends = sample(ours).over(sample(theirs))
+    return gain / 100, None if ends is None else tuple(end / 100 for end in ends)
+
+
 def test_the_interval_of_a_difference_is_of_groups():
     ours, theirs = np.array([1, 1, 1, 0], bool), np.array([0, 0, 1, 1], bool)
-    assert difference(ours, theirs, np.array([0, 0, 1, 1])) == (0.25, -1.0, 1.0)  # too few to say more
+    assert difference(ours, theirs, np.array([0, 0, 1, 1])) == (0.25, None)  # too few to say more
     many, none = np.tile(ours, 4), np.tile(theirs, 4)
-    gain, low, high = difference(many, none, np.arange(16))
+    gain, (low, high) = difference(many, none, np.arange(16))
     assert gain == 0.25
     assert -0.25 < low < 0.25 < high < 0.75  # +- 1.96 sqrt(0.6875 / 16) = +- 0.41
     # asking every question three times adds no evidence
     thrice = difference(many.repeat(3), none.repeat(3), np.arange(16).repeat(3))
-    assert thrice == (gain, low, high)
-    assert difference(many, many, np.arange(16)) == (0.0, 0.0, 0.0)
+    assert thrice == (gain, (low, high))
+    assert difference(many, many, np.arange(16)) == (0.0, (0.0, 0.0))
 
 
 def test_the_frontier_and_the_cheapest_setting():
     def score(keep: int, retention: float, low: float) -> Score:
-        return Score("m", keep, "", retention, retention, retention, (0.0, low, 0.0), float(keep))
+        return Score("random", keep, "", retention=retention, retention_interval=(low, 1.0), mean=float(keep))
 
-    scores = (score(16, 0.7, -0.4), score(32, 0.6, -0.5), score(64, 0.99, -0.05), score(128, 1.0, 0.0))
-    tuned = Tuned(0.95, scores)
+    scores = (score(16, 0.7, 0.4), score(32, 0.6, 0.5), score(64, 0.99, 0.95), score(128, 1.0, 1.0))
+    tuned = Tuned(0.95, scores, 80, 8)
     assert [point.keep for point in tuned.frontier] == [16, 64, 128]
     assert tuned.chosen is scores[2]
     assert tuned.is_sure(scores[3])
     assert tuned.is_sure(scores[2])
-    assert not Tuned(0.96, scores).is_sure(scores[2])
-    assert Tuned(1.01, scores).chosen is None
+    unsure = Tuned(0.96, scores, 80, 8)
+    assert unsure.chosen is scores[2]
+    assert not unsure.is_sure(scores[2])
+    assert unsure.sure is scores[3]
+    assert "down to 95.0 % on 80 questions" in unsure.advice
+    assert Tuned(1.01, scores, 80, 8).chosen is None
+    few = Tuned(0.95, scores, 2, 1)
+    assert few.chosen is None, "two questions recommend nothing"
+    assert "2 questions about 1 pictures are too few" in few.advice
 
 
 def test_every_ablation_names_methods_that_exist():
@@ -221,7 +246,9 @@ def test_eval_on_the_command_line(cli, tmp_path):
     found = json.loads(out)
     assert found["plain"]["retention"] == 1.0
     assert [score["method"] for score in found["scores"]] == ["random", "uniform", "visiontrim"]
-    assert "† marks what does not beat" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "†" not in table, "one scene marks nothing"
+    assert "Fewer than 8 groups" in table
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     code, _, err = cli("eval", "--split", "colour", "--out", tmp_path)
     assert code == 2

@@ -67,6 +67,8 @@ class Examiner:
     def __init__(self, speaker: Speaker, suite: Suite, log: Log, batch: int, protocol: Protocol | None = None) -> None:
         self.speaker, self.suite, self._log = speaker, suite, log
         self.protocol = protocol or Protocol()
+        if suite.prompted and self.protocol != Protocol():
+            raise TrimError(f"{suite.name} brings its own prompts: leave the protocol {self.protocol.name} away")
         self.batches = suite.batches(batch)
         _ready(speaker)
         self.weights = fingerprint(speaker.model)

@@ -119,20 +119,20 @@ def preamble(answers: Answers, examiner: Examiner, command: str) -> list[str]:
         shown = " Nobody knows the right answers: what counts is that of the plain model."
     elif answers.labelled < len(answers.items):
         shown += f" {answers.labelled} of {len(answers.items)} questions have a label; scores are of these."
+    how = "The suite's own prompts" if suite.prompted else f"Protocol {examiner.protocol}"
+    dtype = str(examiner.speaker.model.dtype).removeprefix("torch.")
     few = answers.groups < FEWEST_GROUPS
     spread = (
-        f"{answers.groups} groups are fewer than {FEWEST_GROUPS}, so there are no intervals and nothing is said to "
+        f"{answers.groups} {suite.unit} are fewer than {FEWEST_GROUPS}, so there are no intervals and nothing is said to "
         "beat anything"
         if few
-        else "intervals are 95 %, bootstraps over groups of questions about the same pictures (2,000 draws, seed 0)"
+        else f"intervals are 95 %, bootstraps over {suite.unit} (2,000 draws, seed 0)"
     )
     return [
-        f"`{command}`: {len(answers.items)} questions in {answers.groups} groups, each answered by every method; "
+        f"`{command}`: {len(answers.items)} questions about {answers.groups} {suite.unit}, each answered by every method; "
         f"weights {examiner.weights}.{shown} Budgets are the mean of vision tokens per decoder layer, for stages "
         f"between layers too. Methods that draw at random draw anew for every batch (seeds 0, 1, ...); {spread}. "
         "Times are of this machine, while others may have used it.",
-        f"Protocol {examiner.protocol}; at most {examiner.max_new_tokens} new tokens, greedy, "
-        f"{examiner.speaker.model.dtype}".replace("torch.", "")
-        + ".",
+        f"{how}; at most {examiner.max_new_tokens} new tokens, greedy, {dtype}.",
         *suite.notes,
     ]

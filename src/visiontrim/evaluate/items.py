@@ -144,6 +144,13 @@ class Suite:
     metric: Metric = field(default_factory=RightAnswers)
     notes: tuple[str, ...] = ()
     """What a reader of its scores has to know."""
+    unit: str = "pictures"
+    """What its groups are."""
+
+    @property
+    def prompted(self) -> bool:
+        """Whether its questions bring their whole prompt, so that no protocol applies."""
+        return all(item.prompt is not None for item in self.items)
 
     @property
     def labelled(self) -> int:

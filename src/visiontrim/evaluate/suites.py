@@ -40,12 +40,12 @@ def load_suite(suite: str, split: str | None = None, scenes: int | None = None, 
     if suite == CANVASES:
         split = split or SIZES[0]
         drawn = held_out_canvases(parse_grid(split), scenes or NUM_CANVASES)
-        return Suite(f"{CANVASES}/{split}", tuple(map(_drawn, drawn)), SHAPES_TOKENS)
+        return Suite(f"{CANVASES}/{split}", tuple(map(_drawn, drawn)), SHAPES_TOKENS, unit="canvases")
     if suite == SHAPES:
         split = split or "standard"
         if split not in SPLITS:
             raise TrimError(f"there is no split {split!r}: choose {', '.join(SPLITS)}")
-        return Suite(f"{SHAPES}/{split}", tuple(shapes(split, scenes)), SHAPES_TOKENS)
+        return Suite(f"{SHAPES}/{split}", tuple(shapes(split, scenes)), SHAPES_TOKENS, unit="scenes")
     if split is not None:
         raise TrimError(f"--split is of {SHAPES} and {CANVASES}, not of {suite}: leave it away")
     if suite.partition(":")[0] in list_benchmarks():
@@ -71,7 +71,7 @@ def _benchmark(suite: str, scenes: int | None, images: Path | None) -> Suite:
     if files.lacking and not any(item.answers for item in items):
         raise TrimError(files.lacking[0])
     notes = (*benchmark.notes(items), *files.lacking)
-    return Suite(benchmark.name, items, benchmark.max_new_tokens, benchmark, notes)
+    return Suite(benchmark.name, items, benchmark.max_new_tokens, benchmark, notes, benchmark.unit)
 
 
 def first_groups(items: Iterable[Item], groups: int | None = None, questions: int | None = None) -> tuple[Item, ...]:

@@ -65,13 +65,12 @@ def join(
     waiting: dict[str, list[Given]] = defaultdict(list)
     for answer in given:
         waiting[answer.id].append(answer)
-    pairs: list[tuple[Item, str | None]] = []
+    found = {item: _take(item, waiting, asking=True) for item in items}
     strange: list[tuple[Item, Given]] = []
-    for item in items:
-        answer = _take(item, waiting)
-        if answer is not None and not _asks(answer, item):
+    for item in (item for item, answer in found.items() if answer is None):
+        if (answer := _take(item, waiting, asking=False)) is not None:
             strange.append((item, answer))
-        pairs.append((item, None if answer is None else answer.text))
+    pairs = [(item, None if answer is None else answer.text) for item, answer in found.items()]
     if strange:
         item, answer = strange[0]
         raise TrimError(
@@ -104,13 +103,13 @@ def _given(row: Record) -> Given:
     return Given(row.text(*IDS), row.text(*TEXTS, default=""), prompt or None)
 
 
-def _take(item: Item, waiting: dict[str, list[Given]]) -> Given | None:
-    """The answer to ``item``, taken out: of several with its id the first to what it asks."""
-    names = (str(item.id), str(item.facts.get("name", item.id)), str(item.facts.get("id", item.id)))
-    found = next((waiting[name] for name in names if waiting.get(name)), None)
-    if found is None:
-        return None
-    return found.pop(next((n for n, answer in enumerate(found) if _asks(answer, item)), 0))
+def _take(item: Item, waiting: dict[str, list[Given]], asking: bool) -> Given | None:
+    """The first answer with the item's id, taken out; ``asking`` for this question, as far as its file says."""
+    for name in {str(item.id), str(item.facts.get("name", item.id)), str(item.facts.get("id", item.id))}:
+        for number, answer in enumerate(waiting.get(name, ())):
+            if _asks(answer, item) or not asking:
+                return waiting[name].pop(number)
+    return None
 
 
 def _asks(answer: Given, item: Item) -> bool:

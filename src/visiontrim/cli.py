@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from visiontrim.commands import analyze, ask, bench, cost, evaluate, listing, score, zoo
+from visiontrim.commands import analyze, ask, bench, cost, evaluate, listing, reproduce, score, zoo
 from visiontrim.core.errors import TrimError
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.command("methods", epilog=listing.METHODS_EPILOG)(listing.show_methods)
 app.command("models", epilog=listing.MODELS_EPILOG)(listing.show_models)
 app.command("eval", epilog=evaluate.EVAL_EPILOG)(evaluate.evaluate)
 app.command(epilog=score.EPILOG)(score.score)
+app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
 app.command(epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
 app.command(epilog=cost.EPILOG)(cost.cost)
 app.command(epilog=bench.EPILOG)(bench.bench)

@@ -109,6 +109,7 @@ def evaluate(
     suffix: Suffix = None,
     guide: Guide = None,
     answer: AnswerTokens = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video. Default: 8.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the official benchmarks, and exit.")] = False,
     model: Model = None,
     text_tower: TextTower = None,
@@ -129,10 +130,10 @@ def evaluate(
     blocks = _blocks(methods, keep, ablation)
     cells = _cells(blocks)
     how = chosen_protocol(protocol, template=template, pad=pad, suffix=suffix, guide=guide, max_new_tokens=answer)
-    questions, folder = _questions(suite, split, scenes, images, out, "visiontrim-eval")
+    questions, folder = _questions(suite, split, scenes, images, out, "visiontrim-eval", frames)
     with claimed(folder), stoppable(f"answers are in {folder / NAME}, and the same command goes on"):
         speaker = load_speaker(model, text_tower, device, dtype, threads)
-        log = _warned(Log(folder / NAME))
+        log = warned(Log(folder / NAME))
         examiner = Examiner(speaker, questions, log, batch, how)
         answers = evaluation.evaluate(examiner, cells, minutes, Progress("batches x methods"))
         command = shlex.join(["visiontrim", *sys.argv[1:]])
@@ -183,7 +184,7 @@ def tune(
     questions, folder = _questions(data, None, scenes, images, out, "visiontrim-tune")
     with claimed(folder), stoppable(f"answers are in {folder / NAME}, and the same command goes on"):
         speaker = load_speaker(model, text_tower, device, dtype, threads)
-        examiner = Examiner(speaker, questions, _warned(Log(folder / NAME)), batch)
+        examiner = Examiner(speaker, questions, warned(Log(folder / NAME)), batch)
         answers = evaluation.evaluate(examiner, cells, minutes, Progress("batches x settings"))
         tuned = tuning.tune(answers, cells, target_retention)
         if not tuned.scores:
@@ -222,17 +223,23 @@ def _cells(blocks: list[Block]) -> list[Cell]:
 
 
 def _questions(
-    suite: str, split: str | None, scenes: int | None, images: Path | None, out: Path | None, home: str
+    suite: str,
+    split: str | None,
+    scenes: int | None,
+    images: Path | None,
+    out: Path | None,
+    home: str,
+    frames: int | None = None,
 ) -> tuple[Suite, Path]:
     """The suite with all its pictures in place, and the folder of its answers."""
     from visiontrim.evaluate.suites import check_pictures, load_suite, slug
 
-    questions = load_suite(suite, split, scenes, images)
+    questions = load_suite(suite, split, scenes, images, frames)
     check_pictures(questions.items)
     return questions, out or Path(home) / slug(questions, suite)
 
 
-def _warned(log: Log) -> Log:
+def warned(log: Log) -> Log:
     """The log, after telling what is wrong with it."""
     for note in log.notes:
         print(f"visiontrim: {note}", file=sys.stderr)

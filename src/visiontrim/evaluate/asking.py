@@ -21,6 +21,7 @@ from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
 from visiontrim.core.registry import load_method
+from visiontrim.engine.session import Per
 from visiontrim.evaluate.fingerprint import fingerprint, setup
 from visiontrim.evaluate.items import Digests, Item, Suite
 from visiontrim.evaluate.log import Key, Log, Row
@@ -40,7 +41,9 @@ class Cell:
     method: str
     """As it is written on the command line, without ``keep``."""
     keep: Amount | None
-    """Mean vision tokens per decoder layer; None for the plain model."""
+    """Mean vision tokens per decoder layer; None for the plain model, or where the method says it."""
+    per: Per = "image"
+    """What a number of tokens is meant for."""
 
     def load(self, batch: int = 0) -> Method:
         """The method. One that draws at random draws anew for every ``batch``: that is added to its seed."""
@@ -84,7 +87,8 @@ class Examiner:
         """
         cell = cell if self.batches[number][0].sources else Cell(PLAIN, None)
         method = cell.load(number)
-        key: Key = (self._name, json.dumps(method.to_dict()), cell.keep, self._digest(number))
+        spelled = method.to_dict() | ({} if cell.per == "image" else {"per": cell.per})
+        key: Key = (self._name, json.dumps(spelled), cell.keep, self._digest(number))
         row = self._log.get(key)
         if row is not None:
             return row, False
@@ -98,9 +102,9 @@ class Examiner:
         if self._inputs is None or self._inputs[0] != number:
             self._inputs = number, encode(self.speaker, items, self.protocol)
         try:
-            said = answers(self.speaker, items, self._inputs[1], method, self.max_new_tokens, self.protocol)
+            said = answers(self.speaker, items, self._inputs[1], method, self.max_new_tokens, self.protocol, cell.per)
         except TrimError as error:
-            if cell.keep is None:
+            if cell.method == PLAIN:
                 raise
             return Row(*key, ids, (), (), str(error), (), {})
         layers = () if said.run is None else said.run.report.per_layer
@@ -137,6 +141,7 @@ def answers(
     method: Method,
     max_new_tokens: int,
     protocol: Protocol | None = None,
+    per: Per = "image",
 ) -> Said:
     """Greedy answers to a batch of questions, with pictures or without. Equal pictures are encoded once."""
     model: Any = speaker.model
@@ -151,6 +156,7 @@ def answers(
                 question=[protocol.guidance(speaker, item) for item in items],
                 text_tower=speaker.text_tower,
                 processor=speaker.processor,
+                per=per,
                 remember=1,
                 clock=clock,
             )

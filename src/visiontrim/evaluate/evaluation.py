@@ -123,16 +123,16 @@ def preamble(answers: Answers, examiner: Examiner, command: str) -> list[str]:
     dtype = str(examiner.speaker.model.dtype).removeprefix("torch.")
     few = answers.groups < FEWEST_GROUPS
     spread = (
-        f"{answers.groups} {suite.unit} are fewer than {FEWEST_GROUPS}, so there are no intervals and nothing is said to "
-        "beat anything"
+        f"{answers.groups} {suite.unit} are fewer than {FEWEST_GROUPS}, so there are no intervals and nothing is said "
+        "to beat anything"
         if few
         else f"intervals are 95 %, bootstraps over {suite.unit} (2,000 draws, seed 0)"
     )
     return [
-        f"`{command}`: {len(answers.items)} questions about {answers.groups} {suite.unit}, each answered by every method; "
-        f"weights {examiner.weights}.{shown} Budgets are the mean of vision tokens per decoder layer, for stages "
-        f"between layers too. Methods that draw at random draw anew for every batch (seeds 0, 1, ...); {spread}. "
-        "Times are of this machine, while others may have used it.",
+        f"`{command}`: {len(answers.items)} questions about {answers.groups} {suite.unit}, each answered by every "
+        f"method; weights {examiner.weights}.{shown} Budgets are the mean of vision tokens per decoder layer, for "
+        "stages between layers too. Methods that draw at random draw anew for every batch (seeds 0, 1, ...); "
+        f"{spread}. Times are of this machine, while others may have used it.",
         f"{how}; at most {examiner.max_new_tokens} new tokens, greedy, {dtype}.",
         *suite.notes,
     ]

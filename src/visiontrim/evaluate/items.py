@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,6 +157,10 @@ class Suite:
     def labelled(self) -> int:
         """Questions whose right answer is known."""
         return sum(bool(item.answers) for item in self.items)
+
+    def taking(self, items: Sequence[Item]) -> Suite:
+        """The same suite with these questions alone."""
+        return dataclasses.replace(self, items=tuple(items))
 
     def batches(self, size: int) -> list[tuple[Item, ...]]:
         """Whole groups in order of their first question, up to ``size`` items or one group in a batch.

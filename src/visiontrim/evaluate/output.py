@@ -52,7 +52,7 @@ def write(
     save_text(markdown(title, text, found), tables[0])
     save_text(page(title, text, found), tables[1])
     left = [cell for cell in answers.rows if not answers.error(cell)]
-    notes = [note for cell in left for note in _save_answers(folder, examiner, answers, cell)]
+    notes = [note for cell in left for note in save_answers(folder, examiner, answers, cell)]
     rows = [score.to_dict() for _, scores in scored for score in scores]
     numbers = {
         "suite": examiner.suite.name,
@@ -77,7 +77,7 @@ def _save_pictures(folder: Path, found: Sequence[Section]) -> None:
                 raise TrimError(f"{folder / section.file} cannot be written ({error.strerror or error})") from error
 
 
-def _save_answers(folder: Path, examiner: Examiner, answers: Answers, cell: Cell) -> list[str]:
+def save_answers(folder: Path, examiner: Examiner, answers: Answers, cell: Cell) -> list[str]:
     """The answers of a cell in the order of the suite, as LLaVA writes them and as the benchmark wants them."""
     place = {item: number for number, item in enumerate(examiner.suite.items)}
     triples = sorted(

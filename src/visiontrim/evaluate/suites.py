@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from visiontrim.core.errors import TrimError
@@ -29,13 +30,19 @@ FREE_TOKENS = 32
 """Longest answer to the questions of a file."""
 
 
-def load_suite(suite: str, split: str | None = None, scenes: int | None = None, images: Path | None = None) -> Suite:
+def load_suite(
+    suite: str,
+    split: str | None = None,
+    scenes: int | None = None,
+    images: Path | None = None,
+    frames: int | None = None,
+) -> Suite:
     """A suite by its name.
 
     The bundled ``"shapes"`` in one of its splits or ``"canvases"`` of one size, an official benchmark as ``NAME:ROOT``,
     or a file or folder of questions. ``scenes`` takes only the questions about the first so many scenes, pictures or,
-    of MMBench, questions with their rotations. ``images`` is the folder of the pictures. Raises :class:`TrimError` for
-    unknown names and for files that hold no questions.
+    of MMBench, questions with their rotations. ``images`` is the folder of the pictures, ``frames`` how many of a video
+    are shown. Raises :class:`TrimError` for unknown names and for files that hold no questions.
     """
     if suite == CANVASES:
         split = split or SIZES[0]
@@ -49,7 +56,7 @@ def load_suite(suite: str, split: str | None = None, scenes: int | None = None, 
     if split is not None:
         raise TrimError(f"--split is of {SHAPES} and {CANVASES}, not of {suite}: leave it away")
     if suite.partition(":")[0] in list_benchmarks():
-        return _benchmark(suite, scenes, images)
+        return _benchmark(suite, scenes, images, frames)
     path = Path(suite)
     if not (path.suffix in SUFFIXES or path.is_dir()):
         names = ", ".join(list_benchmarks())
@@ -63,7 +70,7 @@ def load_suite(suite: str, split: str | None = None, scenes: int | None = None, 
     return Suite(path.name, items, FREE_TOKENS, FileAnswers())
 
 
-def _benchmark(suite: str, scenes: int | None, images: Path | None) -> Suite:
+def _benchmark(suite: str, scenes: int | None, images: Path | None, frames: int | None) -> Suite:
     benchmark, files = open_benchmark(suite, images)
     items = first_groups(benchmark.read(files), scenes)
     if not items:
@@ -71,7 +78,14 @@ def _benchmark(suite: str, scenes: int | None, images: Path | None) -> Suite:
     if files.lacking and not any(item.answers for item in items):
         raise TrimError(files.lacking[0])
     notes = (*benchmark.notes(items), *files.lacking)
+    if frames is not None:
+        items = tuple(_shortened(item, frames) for item in items)
     return Suite(benchmark.name, items, benchmark.max_new_tokens, benchmark, notes, benchmark.unit)
+
+
+def _shortened(item: Item, frames: int) -> Item:
+    sources = [replace(one, count=frames) if isinstance(one, Frames) else one for one in item.sources]
+    return replace(item, sources=tuple(sources))
 
 
 def first_groups(items: Iterable[Item], groups: int | None = None, questions: int | None = None) -> tuple[Item, ...]:

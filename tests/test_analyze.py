@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visiontrim.analyze.attention import POINTS, observe
+from visiontrim.analyze.attention import BINS, POINTS, observe
 from visiontrim.ask import load
 from visiontrim.cli import main
 from visiontrim.evaluate.asking import encode
@@ -23,7 +23,8 @@ def speaker():
     return load()
 
 
-def test_sums_equal_the_maps_of_eager_attention(speaker):
+def test_sums_equal_the_published_definitions_on_eager_maps(speaker):
+    """By a plain loop over the positions, as FasterVLM's programs define the four kinds."""
     items = list(itertools.islice(shapes("standard"), 2))
     found = observe(speaker, items)
     assert found.prompts == 2
@@ -37,21 +38,41 @@ def test_sums_equal_the_maps_of_eager_attention(speaker):
                 output = model(**inputs, output_attentions=True)
             image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
             first, end = int(image[0]), int(image[-1]) + 1
-            for kind, rows in {"last": slice(-1, None), "text": slice(end, None), "all": slice(None)}.items():
-                attention = torch.stack([layer[0].mean(0)[rows].mean(0) for layer in output.attentions]).double()
-                parts = [attention[:, :first].sum(1), attention[:, first:end].sum(1), attention[:, end:].sum(1)]
-                place = attention[:, image] / attention[:, image].sum(1, keepdim=True)
-                place = place / len(items)
-                key = f"{kind} maps"
-                expected[key] = expected.get(key, 0) + place.view(-1, 24, 24).numpy()
-                key = f"{kind} shares"
-                expected[key] = expected.get(key, 0) + torch.stack(parts, 1).numpy() / len(items)
+            maps = torch.stack([layer[0].mean(0) for layer in output.attentions]).double().numpy()
+            length, tokens, behind = maps.shape[-1], end - first, maps.shape[-1] - end
+            see = tokens - np.arange(tokens)
+            rows = {
+                "last": (maps[:, -1:], 1, 1),
+                "text": (maps[:, end : length - 1], behind, behind - 1),
+                "image": (maps[:, first:end], see, tokens),
+                "all": (maps[:, first:], see + behind, tokens + behind),
+            }
+            for kind, (attention, divisor, queries) in rows.items():
+                raw = attention[:, :, first:end].sum(1) / divisor
+                every = attention.sum(1) / queries
+                parts = [every[:, :first].sum(1), every[:, first:end].sum(1), every[:, end:].sum(1)]
+                values = {"raw": raw, "maps": (raw / raw.sum(1, keepdims=True)).reshape(-1, 24, 24)}
+                for name, value in (values | {"shares": np.stack(parts, 1)}).items():
+                    expected[f"{kind} {name}"] = expected.get(f"{kind} {name}", 0) + value / len(items)
     finally:
         model.set_attn_implementation("sdpa")
     for key, values in expected.items():
         kind, name = key.split()
         ours = np.stack([getattr(source, name) for source in found.decoder[kind]]) / found.prompts
-        np.testing.assert_allclose(ours, values, atol=1e-6)
+        np.testing.assert_allclose(ours, values, atol=1e-6, err_msg=key)
+    assert not np.allclose(expected["all raw"], expected["image raw"])
+
+
+def test_the_histogram_is_of_values_over_the_largest_of_all_prompts(speaker):
+    found = observe(speaker, shapes("standard"), 2)
+    source = found.decoder["last"][1]
+    values = np.concatenate(source.values)
+    assert len(values) == 2 * 576
+    share = source.histogram
+    assert len(share) == len(BINS) - 1 == 200
+    assert share.sum() == pytest.approx(1.0)
+    assert share[0] == pytest.approx(np.mean(values < values.max() / 200))
+    assert found.encoder.histogram.sum() == pytest.approx(1.0)
 
 
 def test_curves_and_histograms_are_what_their_names_say(speaker):
@@ -62,7 +83,6 @@ def test_curves_and_histograms_are_what_their_names_say(speaker):
         assert len(curve) == POINTS
         assert curve == sorted(curve)
         assert curve[-1] == pytest.approx(1.0)
-        assert sum(source["histogram"]) == pytest.approx(1.0)
         assert 0 <= source["entropy"] <= 1
         assert 0 <= source["height"] <= 1
     assert found["encoder"]["overlap"] == 1.0
@@ -82,3 +102,4 @@ def test_pictures_and_numbers_of_a_file(kind, tmp_path, monkeypatch):
     assert not stopped.value.code
     assert json.loads((tmp_path / "seen.json").read_text())["prompts"] == 1
     assert Image.open(tmp_path / "seen.png").width > 500
+    assert (tmp_path / "seen-bars.png").exists() == (kind == "shift")

@@ -1,22 +1,25 @@
-"""Attention to vision tokens, layer by layer, summed up over a stream of questions in constant memory.
+"""Attention to vision tokens, layer by layer, summed up over a stream of questions.
 
-What FasterVLM (arXiv 2412.01818) and VisionTrim (arXiv 2601.22674) show of LLaVA: the language model attends
-elsewhere than the encoder, to late positions, and more widely. For decoder layer l and every prompt, ``A[q, j]`` is the
-attention of position q to vision token j, mean over heads, after the softmax over everything that q may see. Three
-kinds of queries are averaged:
+What FasterVLM (arXiv 2412.01818) and VisionTrim (arXiv 2601.22674) show of LLaVA: the language model attends elsewhere
+than the encoder, to late positions, and more widely. For decoder layer l and every prompt, ``A[q, j]`` is the attention
+of position q to vision token j of N, mean over heads, after the softmax over everything that q may see. The definitions
+are those of FasterVLM's programs, which VisionTrim's repository points to; T is the number of positions behind the
+picture:
 
-- ``last``: the position that generates the first token;
-- ``text``: the positions after the last vision token;
-- ``all``: every position. Causality alone tilts it to early tokens, which more positions can see.
+- ``last``: the row of the position that generates the first token;
+- ``text``: the sum over the positions behind the picture *without the last*, divided by T;
+- ``image``: the sum over the vision tokens, divided by N - j, the number of those that can see token j;
+- ``all``: the sum over all positions from the first vision token on, divided by N - j + T.
 
-The encoder's attention is that of [CLS] in the layer whose output is projected; encoders without [CLS] give what each
-patch receives from the others. Prompts go through one at a time, with all tokens.
+The divisors of the last two take the tilt of causality away. The encoder's attention is that of [CLS] in the layer
+whose output is projected; encoders without [CLS] give what each patch receives from the others. Prompts go through one
+at a time, with all tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,14 +42,13 @@ from visiontrim.models.family import Family, family_of
 from visiontrim.ops.attention import attention_rows
 from visiontrim.run import trim
 
-QUERIES = ("last", "text", "all")
+QUERIES = ("last", "text", "all", "image")
 SIDE = 24
 """Rows and columns of a mean map; grids of another size are averaged or repeated to it."""
 POINTS = 200
 """Shares of the tokens at which a cumulative curve is noted: 1/200, 2/200, ..."""
-BINS = np.logspace(-4, 2, 49)
-"""Edges of the histogram of attention, in units of even attention (1 / tokens); the first and the last bin hold what is
-beyond them too."""
+BINS = np.linspace(0, 1, 201)
+"""Edges of the histogram of attention, in units of the largest value of all prompts."""
 TOP = 0.1
 """Share of the tokens that the overlap of two rankings looks at."""
 ROWS = 64
@@ -85,8 +87,11 @@ class Source:
     """Sums over prompts of one distribution over the vision tokens: a layer and a kind of queries, or the encoder."""
 
     maps: Float[np.ndarray, "side side"] = field(default_factory=lambda: np.zeros((SIDE, SIDE)))
+    raw: Float[np.ndarray, " tokens"] | None = None
+    """Attention to each vision token as it is defined; None where prompts had different numbers of them."""
+    values: list[Float[np.ndarray, " tokens"]] = field(default_factory=list)
+    """The same of each prompt, where the histogram wants it."""
     cumulative: Float[np.ndarray, " points"] = field(default_factory=lambda: np.zeros(POINTS))
-    histogram: Float[np.ndarray, " bins"] = field(default_factory=lambda: np.zeros(len(BINS) - 1))
     height: float = 0.0
     """Mean place from the top (0) to the bottom (1) of the image."""
     entropy: float = 0.0
@@ -96,8 +101,21 @@ class Source:
     shares: Float[np.ndarray, " 3"] = field(default_factory=lambda: np.zeros(3))
     """Of all attention what goes before the vision tokens, to them, and after them."""
 
-    def add(self, attention: Float[Tensor, " tokens"], grid: tuple[int, int], best: Int[Tensor, " best"]) -> None:
-        """Take in one prompt; ``attention`` need not sum to 1."""
+    def add(
+        self,
+        attention: Float[Tensor, " tokens"],
+        grid: tuple[int, int],
+        best: Int[Tensor, " best"],
+        keep: bool,
+        first: bool,
+    ) -> None:
+        """Take in one prompt, ``first`` of all; ``attention`` need not sum to 1. ``keep`` is for the histogram."""
+        values = attention.double().numpy()
+        if first:
+            self.raw = np.zeros(len(values))
+        self.raw = self.raw + values if self.raw is not None and len(self.raw) == len(values) else None
+        if keep:
+            self.values.append(values.astype(np.float32))
         share = attention / attention.sum().clamp(min=1e-30)
         tokens = len(share)
         place = share.view(1, 1, *grid)
@@ -106,17 +124,26 @@ class Source:
         falling = share.sort(descending=True).values.cumsum(0)
         index = (torch.arange(1, POINTS + 1) * tokens / POINTS).ceil().long().clamp(max=tokens) - 1
         self.cumulative += falling[index].double().numpy()
-        self.histogram += np.histogram(np.clip(tokens * share.double().numpy(), BINS[0], BINS[-1]), BINS)[0] / tokens
         rows = torch.arange(grid[0], dtype=torch.float32) / max(grid[0] - 1, 1)
         self.height += float((place[0, 0].sum(1) * rows).sum())
         self.entropy += float(-(share * share.clamp(min=1e-30).log()).sum()) / float(np.log(max(tokens, 2)))
         if len(best):
             self.overlap += float(torch.isin(share.topk(len(best)).indices, best).float().mean())
 
+    @property
+    def histogram(self) -> Float[np.ndarray, " bins"]:
+        """Share of all values of all prompts in each bin, in units of the largest."""
+        values = np.concatenate(self.values)
+        return np.histogram(values / max(float(values.max()), 1e-30), BINS)[0] / len(values)
+
     def mean(self, prompts: int) -> dict[str, Any]:
         """Means over prompts, ready for JSON."""
-        values = {field.name: getattr(self, field.name) / prompts for field in dataclasses.fields(self)}
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("values", "raw")]
+        found: dict[str, Any] = {name: getattr(self, name) / prompts for name in names}
+        found["raw"] = None if self.raw is None else self.raw / prompts
+        if self.values:
+            found["histogram"] = self.histogram
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
 
 
 @dataclass
@@ -138,7 +165,8 @@ class Attention:
         """Means over prompts to six digits, ready for JSON."""
         decoder = {kind: [source.mean(self.prompts) for source in found] for kind, found in self.decoder.items()}
         encoder = self.encoder.mean(self.prompts) if self.sees_encoder else None
-        return {"prompts": self.prompts, "layers": self.layers, "encoder": _short(encoder), "decoder": _short(decoder)}
+        about = {"prompts": self.prompts, "layers": self.layers, "definitions": "FasterVLM, arXiv 2412.01818"}
+        return about | {"encoder": _short(encoder), "decoder": _short(decoder)}
 
 
 def _short(value: Any) -> Any:
@@ -150,7 +178,12 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def observe(speaker: Speaker, items: Iterable[Item], limit: int | None = None) -> Attention:
+def observe(
+    speaker: Speaker,
+    items: Iterable[Item],
+    limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Attention:
     """Let up to ``limit`` prompts pass through the model, the first picture of each. Raises :class:`TrimError`."""
     family = family_of(speaker.model)
     if family.bidirectional:
@@ -160,6 +193,8 @@ def observe(speaker: Speaker, items: Iterable[Item], limit: int | None = None) -
         if limit is not None and attention.prompts >= limit:
             break
         _observe(speaker, family, item, attention)
+        if limit is not None:
+            progress(attention.prompts, limit)
     if not attention.prompts:
         raise TrimError("there are no questions about pictures to look at")
     return attention
@@ -175,7 +210,7 @@ def _observe(speaker: Speaker, family: Family, item: Item, attention: Attention)
 
     def listen(layer: int) -> Listener:
         def heard(query: Tensor, key: Tensor, scaling: float | None) -> None:
-            rows[layer] = _means(query, key, scaling, int(vision[-1]) + 1)
+            rows[layer] = _sums(query, key, scaling, int(vision[0]), int(vision[-1]) + 1)
 
         return heard
 
@@ -200,29 +235,42 @@ def _observe(speaker: Speaker, family: Family, item: Item, attention: Attention)
         attention.sees_encoder = False
     else:
         best = encoder.topk(max(1, round(TOP * len(encoder)))).indices
-        attention.encoder.add(encoder, (grid[0], grid[1]), best)
-    for layer, kinds in rows.items():
-        for kind, values in kinds.items():
-            source, values = attention.decoder[kind][layer], values.cpu()
-            source.add(values[place.cpu()], (grid[0], grid[1]), best)
-            before, after = int(place[0]), int(place[-1]) + 1
-            source.shares += [float(part.sum()) for part in values.tensor_split([before, after])]
+        attention.encoder.add(encoder, (grid[0], grid[1]), best, keep=True, first=not attention.prompts)
+    begin, tokens = int(place[0]), len(place)
+    end = begin + tokens
+    behind = inputs["input_ids"].shape[1] - end
+    see = torch.arange(tokens, 0, -1)
+    divisors = {"last": 1, "text": behind, "image": see, "all": see + behind}
+    queries = {"last": 1, "text": max(behind - 1, 1), "image": tokens, "all": tokens + behind}
+    for layer, sums in rows.items():
+        for kind in QUERIES:
+            source, values = attention.decoder[kind][layer], sums[kind].cpu()
+            source.add(
+                values[begin:end] / divisors[kind],
+                (grid[0], grid[1]),
+                best,
+                keep=kind == "last",
+                first=not attention.prompts,
+            )
+            parts = (values / queries[kind]).tensor_split([begin, end])
+            source.shares += [float(part.sum()) for part in parts]
     attention.prompts += 1
 
 
-def _means(
+def _sums(
     query: Float[Tensor, "1 heads length dim"],
     key: Float[Tensor, "1 kv_heads length dim"],
     scaling: float | None,
+    begin: int,
     end: int,
 ) -> dict[str, Float[Tensor, " length"]]:
-    """Mean attention of each kind of queries to every position; vision tokens stand before ``end``."""
+    """Attention of each kind of queries to every position, summed; vision tokens stand from ``begin`` to ``end``."""
     length = query.shape[2]
-    total, text = (torch.zeros(length, device=query.device) for _ in range(2))
-    last = total
-    for some in torch.arange(length, device=query.device).split(ROWS):
+    image, text = (torch.zeros(length, device=query.device) for _ in range(2))
+    last = image
+    for some in torch.arange(begin, length, device=query.device).split(ROWS):
         attention = attention_rows(query, key, some[None], scaling=scaling, causal=True)[0].mean(0)
-        total += attention.sum(0)
-        text += attention[some >= end].sum(0)
+        image += attention[some < end].sum(0)
+        text += attention[(some >= end) & (some < length - 1)].sum(0)
         last = attention[-1]
-    return {"last": last, "text": text / max(length - end, 1), "all": total / length}
+    return {"last": last, "text": text, "image": image, "all": image + text + last}

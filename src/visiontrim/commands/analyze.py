@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from visiontrim.commands.options import Device, Dtype, DtypeName, Model, Threads, load_speaker
+from visiontrim.commands.options import Device, Dtype, DtypeName, Model, Threads, check_file, load_speaker
 from visiontrim.commands.progress import Progress, stoppable
 from visiontrim.core.errors import TrimError
 
@@ -77,15 +77,12 @@ def analyze(
     from visiontrim.evaluate.benchmarks.base import save_text
     from visiontrim.evaluate.files import read_items
     from visiontrim.evaluate.suites import SHAPES, shapes
-    from visiontrim.images import check_output
     from visiontrim.plotting import pyplot
 
     out = out or Path(kind.value)
     picture, numbers = out.with_name(f"{out.name}.png"), out.with_name(f"{out.name}.json")
     for path in (picture, numbers):
-        check_output(picture)
-        if path.is_dir():
-            raise TrimError(f"{path} is a folder: give another name as --out")
+        check_file(path, "--out")
     why = ""
     try:
         pyplot()

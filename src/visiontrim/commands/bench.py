@@ -21,6 +21,7 @@ from visiontrim.commands.options import (
     Size,
     Text,
     Threads,
+    check_file,
     console,
     every,
     size_of,
@@ -73,9 +74,17 @@ def bench(
     """
     import torch
 
+    from visiontrim.images import check_output
     from visiontrim.measure.bench import Load, environment
     from visiontrim.measure.bench import bench as run
+    from visiontrim.plotting import pyplot
 
+    if out is not None:
+        check_file(out, "--out")
+    if plot is not None:
+        check_file(plot, "--plot")
+        check_output(plot)
+        pyplot()
     chosen = every(method, keep)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help must not wait for them
     from visiontrim.ask import Speaker
@@ -127,6 +131,16 @@ def load_speaker(
     if threads is not None:
         torch.set_num_threads(threads)
     return load(model, text_tower=text_tower, device=device, dtype=dtype.value)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise :class:`TrimError` where ``path`` cannot be written, as far as that can be told before the work."""
+    if path.is_dir():
+        raise TrimError(f"{option} {path} is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise TrimError(f"{option} {path}: {path.parent} is no folder: create it first, or write somewhere else")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise TrimError(f"{option} {path} cannot be written: write somewhere else")
 
 
 def console() -> Console:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from visiontrim.commands.options import Json, console
+from visiontrim.commands.options import Json, check_file, console
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:  # numpy and Pillow take their time to import: --help must not wait for them
@@ -55,6 +55,10 @@ def score(
     from visiontrim.evaluate.benchmarks import open_benchmark
 
     chosen, files = open_benchmark(benchmark)
+    if upload is not None and chosen.upload:  # MME's upload is a folder
+        check_file(upload, "--upload")
+    if grades is not None and judge is not None:
+        check_file(grades, "--grades")
     paths = answers or []
     items = scoring.read_questions(chosen, files, paths)
     said: dict[str, Any] = {"benchmark": chosen.name, "papers": chosen.papers, "notes": chosen.notes(items)}

@@ -57,7 +57,10 @@ def _processor(processor: Any) -> list[Any]:
 
 def _tokenizer(tokenizer: Any) -> list[Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for name in ("padding", "truncation"):  # those of the last call
+        rules.pop(name, None)
+    text = json.dumps(rules, sort_keys=True)
     return [hashlib.sha256(text.encode()).hexdigest(), tokenizer.special_tokens_map, tokenizer.model_max_length]
 
 

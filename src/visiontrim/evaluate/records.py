@@ -165,7 +165,10 @@ def read_field(path: Path, start: int, end: int, column: int, separator: str = "
 
 def columns(path: Path, separator: str = "\t") -> list[str]:
     """The header of a table."""
-    return next(_rows(path, separator))[3]
+    names = next((values for *_, values in _rows(path, separator)), None)
+    if names is None:
+        raise TrimError(f"{path} has no header: get a new copy of it")
+    return names
 
 
 def _rows(path: Path, separator: str) -> Iterator[tuple[int, int, int, list[str]]]:

@@ -186,9 +186,10 @@ def _cells(section: Section, row: int) -> list[str]:
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2430 }
 .wide { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #dde1e8; text-align: right; white-space: nowrap }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #dde1e8; text-align: right; vertical-align: bottom }
+td { white-space: nowrap }
 td { font-variant-numeric: tabular-nums } .words td { white-space: normal; text-align: left }
-td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 6rem }
 th button { font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer; color: inherit }
 th button::after { content: " \\2195"; color: #9aa5b1 }
 th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -80,12 +81,12 @@ def test_an_answer_is_used_again_only_if_nothing_has_changed(speaker, questions,
     assert asked(dataclasses.replace(speaker, normalise=str.strip), suite, log) == 2, "how questions are spelled"
     assert asked(speaker, suite, log, protocol("chat", pad=True)) == 2, "the protocol"
     assert asked(speaker, suite, log, protocol("chat", max_new_tokens=5)) == 2, "the length"
-    size, processor = speaker.processor.image_processor.size, speaker.processor.image_processor
-    processor.size = {"shortest_edge": 340}
+    processor = speaker.processor.image_processor
+    mean, processor.image_mean = processor.image_mean, [0.1, 0.1, 0.1]
     try:
         assert asked(speaker, suite, log) == 2, "the processor"
     finally:
-        processor.size = size
+        processor.image_mean = mean
     assert asked(speaker, suite, log) == 0
     Image.open(tmp_path / "a.png").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png")
     assert asked(speaker, suite, log) == 2, "the picture's content"
@@ -706,3 +707,32 @@ def test_answers_know_what_a_type_is_worth(speaker, tmp_path):
     found: Answers = evaluate(rows, [])
     assert set(found.whole.by_type) == {"adversarial", "popular", "random"}
     assert found.whole.by_type["random"] == pytest.approx(found.whole.score)
+
+
+def test_the_likelihood_of_an_answer(speaker):
+    """With all tokens it is the model's own loss; the right answer is likelier than another, also compressed."""
+    from visiontrim.core.registry import load_method
+    from visiontrim.evaluate.asking import encode
+    from visiontrim.evaluate.likelihood import likelihood
+
+    seed, question, answer = official.pairs(("color",))[0]
+    item = Item("1", "1", (official.scene(seed),), question, (answer,), "color")
+    whole, greedy = likelihood(speaker, item, answer, load_method("random:keep=1.0"))
+    assert greedy
+    inputs = encode(speaker, [item])
+    ids = speaker.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    inputs["attention_mask"] = torch.ones(1, inputs["input_ids"].shape[1] + ids.shape[1], dtype=torch.long)
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    labels = inputs["input_ids"].clone()
+    labels[:, :length] = -100
+    with torch.inference_mode():
+        expected = speaker.model(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, labels=labels).loss
+    assert whole == pytest.approx(float(expected), abs=1e-5)
+    ours = likelihood(speaker, item, answer, load_method("visiontrim:keep=64"))
+    other = likelihood(speaker, item, "star", load_method("visiontrim:keep=64"))
+    assert ours[0] < other[0]
+    assert ours[1]
+    assert not other[1]
+    text = Item("2", "2", (), question, (answer,), "color")
+    assert likelihood(speaker, text, answer, load_method("visiontrim:keep=64"))[0] > 0

@@ -87,19 +87,21 @@ def draw(tuned: Tuned, file: Path) -> None:
     from visiontrim.plotting import pyplot
 
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for method in dict.fromkeys(score.method for score in tuned.scores):
-        points = [(score.mean, 100 * (score.retention or 0.0)) for score in tuned.scores if score.method == method]
-        axis.plot(*zip(*points, strict=True), marker="o", ms=3.5, lw=1, label=method)
+    figure, axis = plt.subplots(figsize=(7.4, 4), layout="constrained")
     edge = [(score.mean, 100 * (score.retention or 0.0)) for score in tuned.frontier]
-    axis.step(*zip(*edge, strict=True), where="post", color="black", lw=2.5, alpha=0.25, label="frontier")
+    axis.step(*zip(*edge, strict=True), where="post", color="black", lw=6, alpha=0.15, label="frontier", zorder=0)
+    for number, method in enumerate(dict.fromkeys(score.method for score in tuned.scores)):
+        points = [(score.mean, 100 * (score.retention or 0.0)) for score in tuned.scores if score.method == method]
+        mark, line = "os^Dv<>P"[number % 8], ("-", "--", "-.", ":")[number % 4]
+        axis.plot(*zip(*points, strict=True), marker=mark, ms=5, mfc="none", lw=1.2, ls=line, label=method)
     axis.axhline(100 * tuned.target, color="crimson", ls="--", lw=1, label=f"target {100 * tuned.target:g} %")
     if (best := tuned.chosen) is not None:
         axis.plot(best.mean, 100 * (best.retention or 0.0), marker="*", ms=14, color="crimson", ls="")
     axis.set(xscale="log", xlabel="vision tokens per decoder layer, mean", ylabel="retention in % of the plain model")
     means = sorted({round(score.mean or 0.0) for score in tuned.scores})
-    axis.set_xticks(means, map(str, means))
+    apart = [mean for number, mean in enumerate(means) if not number or mean > 1.12 * means[number - 1]]
+    axis.set_xticks(apart, map(str, apart))
     axis.set_xticks([], minor=True)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -5,13 +5,15 @@
 
 ``method`` is a name, or a recipe file (commas of options would end the argument); ``method=none`` is the plain model.
 The whole text of a request, with whatever the task adds to the question, guides methods that read the question.
-Without ``pretrained`` the small model of this package answers.
+Without ``pretrained`` the small model of this package answers. A video, which tasks give as a path, is shown as so many
+``frames``, each a picture. Tasks that rank answers by likelihood get the mean loss of each.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +26,16 @@ from visiontrim.ask import load
 from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import load_method
 from visiontrim.evaluate.asking import encode
-from visiontrim.evaluate.items import Item
+from visiontrim.evaluate.frames import Frames
+from visiontrim.evaluate.items import Item, Source
+from visiontrim.evaluate.likelihood import likelihood
 from visiontrim.run import trim
 
 MANIFEST = ModelManifest("visiontrim", simple_class_path=f"{__name__}.VisionTrimModel")
 GREEDY_TOKENS = 1024
 """Longest answer where a task does not say."""
+FRAMES = 8
+"""Of a video."""
 
 
 class VisionTrimModel(lmms):
@@ -46,6 +52,7 @@ class VisionTrimModel(lmms):
         batch_size: int | str = 1,
         device: str = "auto",
         dtype: str = "auto",
+        frames: int | str = FRAMES,
     ) -> None:
         """``keep`` is a number of tokens (an int) or a fraction. Raises :class:`TrimError` for what cannot work."""
         super().__init__()
@@ -55,7 +62,7 @@ class VisionTrimModel(lmms):
         budget = {} if amount is None else {"keep": int(amount) if whole else amount}
         self._method = load_method(method, **budget)
         self._speaker = load(pretrained, text_tower=text_tower, device=device or "auto", dtype=dtype)
-        self._batch = int(batch_size)
+        self._batch, self._frames = int(batch_size), int(frames)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         answers: dict[int, str] = {}
@@ -76,11 +83,16 @@ class VisionTrimModel(lmms):
 
     def _item(self, arguments: tuple) -> Item:
         context, _, doc_to_visual, doc_id, task, split = arguments
-        pictures = doc_to_visual(self.task_dict[task][split][doc_id])
-        if strange := [type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)]:
-            raise TrimError(f"task {task!r} shows a {strange[0]}, but only pictures are supported")
-        images = tuple(picture.convert("RGB") for picture in pictures)
-        return Item(str(doc_id), str(doc_id), images, context.replace("<image>", "").strip(), (), task)
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        sources = tuple(self._source(visual, task) for visual in visuals)
+        return Item(str(doc_id), str(doc_id), sources, context.replace("<image>", "").strip(), (), task)
+
+    def _source(self, visual: Any, task: str) -> Image.Image | Source:
+        if isinstance(visual, Image.Image):
+            return visual.convert("RGB")
+        if isinstance(visual, str | Path):
+            return Frames(Path(visual), self._frames)
+        raise TrimError(f"task {task!r} shows a {type(visual).__name__}, but only pictures and videos are supported")
 
     @torch.inference_mode()
     def _generate(self, items: list[Item], options: dict[str, Any]) -> list[str]:
@@ -107,4 +119,11 @@ class VisionTrimModel(lmms):
         raise TrimError("tasks of several rounds are not supported: choose tasks that generate once")
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise TrimError("tasks that rank given answers by likelihood are not supported: choose generating ones")
+        """Mean loss of each answer, which lmms-eval ranks from the lowest on, and whether it is the greedy one."""
+        found = []
+        for request in tqdm(requests, desc=str(self._method)):
+            context, target, doc_to_visual, doc_id, task, split = request.args
+            answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            item = self._item((context, None, doc_to_visual, doc_id, task, split))
+            found.append(likelihood(self._speaker, item, answer, self._method))
+        return found

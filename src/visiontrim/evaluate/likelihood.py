@@ -18,8 +18,8 @@ from visiontrim.run import trim
 def likelihood(speaker: Speaker, item: Item, answer: str, method: Method) -> tuple[float, bool]:
     """Mean loss (negative log-likelihood, nats a token) of ``answer`` behind the prompt, and whether it is greedy.
 
-    The prompt's vision tokens are compressed as for generating. Methods that read the last rows of the prompt inside the
-    decoder see those of the answer.
+    The prompt's vision tokens are compressed as for generating. Methods that read the last rows of the prompt inside
+    the decoder see those of the answer.
     """
     model: Any = speaker.model
     inputs = encode(speaker, [item])

@@ -670,6 +670,8 @@ def test_a_judge_grades_and_goes_on(cli, tmp_path):
             code, again, _ = cli(*command)
             assert json.loads(again)["graded"]["tables"] == graded
             assert len(replies) == before
+            code, alone, _ = cli("score", f"{name}:{tmp_path}", "--grades", tmp_path / f"{name}.json", "--json")
+            assert json.loads(alone)["graded"]["tables"] == graded, "the grades of a file need no answers"
             if name == "mm-vet":
                 assert graded["all"]["total"]["total"] == 50.0
             else:

@@ -36,7 +36,7 @@ def score(
     answers: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[ANSWERS]...",
+            metavar="ANSWERS",
             help="Answers in LLaVA's lines, or upload files; the others are compared with the first one. None: tells "
             "what is there.",
         ),
@@ -62,6 +62,10 @@ def score(
     paths = answers or []
     items = scoring.read_questions(chosen, files, paths)
     said: dict[str, Any] = {"benchmark": chosen.name, "papers": chosen.papers, "notes": chosen.notes(items)}
+    if not paths and grades is not None and judge is None:  # grades are of answers that need not be here
+        said["graded"] = {"file": str(grades), "tables": judging.tables(chosen, items, grades).tables}
+        print(json.dumps(said)) if as_json else _shown(chosen, said)
+        return
     if not paths:
         said |= {"questions": len(items), "groups": len({item.group for item in items}), "lacking": files.lacking}
         said |= {"labelled": sum(bool(item.answers) for item in items)}
@@ -77,7 +81,7 @@ def score(
         if judge is not None:
             server = judging.Server(judge, judge_model, judge_key)
             judging.grade(chosen, joined[0], server, grades, judge_runs)
-        said["graded"] = {"file": str(grades), "tables": judging.tables(chosen, joined[0], grades).tables}
+        said["graded"] = {"file": str(grades), "tables": judging.tables(chosen, joined[0].items, grades).tables}
     if any(item.answers for item in items) or not {"upload", "graded"} & said.keys():
         found = [scoring.score(chosen, files, one) for one in joined]
         said["scores"] = [one.to_dict(chosen, None if one is found[0] else found[0]) for one in found]

@@ -13,7 +13,7 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,12 +108,12 @@ def grade(
         progress(done + 1, len(pairs))
 
 
-def tables(benchmark: Benchmark, found: Joined, path: Path) -> Breakdown:
+def tables(benchmark: Benchmark, items: Sequence[Item], path: Path) -> Breakdown:
     """The tables of a file of grades."""
     if isinstance(benchmark, MMVet):
-        return benchmark.grades(found.items, read_grades(path))
+        return benchmark.grades(items, read_grades(path))
     if isinstance(benchmark, VideoQA):
-        return benchmark.grades(found.items, {name: _read(entry) for name, entry in entries(path)})
+        return benchmark.grades(items, {name: _read(entry) for name, entry in entries(path)})
     raise TrimError(f"{benchmark.title} is not graded by a judge: leave --grades away")
 
 

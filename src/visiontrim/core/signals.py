@@ -58,9 +58,9 @@ class MissingSignal(TrimError):  # noqa: N818  # a TrimError, named by what is w
 class Signals:
     """Named values, of which some may be missing; a subclass declares the names. A group does not change.
 
-    ``group.name``, ``group["name"]`` and, for another encoder layer, ``group["name", 5]`` are the value, or raise
-    :class:`MissingSignal`. ``"name" in group`` and ``group.get("name")`` ask first; iteration gives what there is.
-    Raises :class:`TrimError` for values under names that are not declared.
+    ``group.name``, ``group["name"]`` and, for another encoder layer, ``group["name", 5]`` are the value, a tensor
+    without gradients, or raise :class:`MissingSignal`. ``"name" in group`` and ``group.get("name")`` ask first; iteration
+    gives what there is. Raises :class:`TrimError` for values under names that are not declared.
     """
 
     __slots__ = ("_values",)
@@ -82,6 +82,11 @@ class Signals:
             check_name(self.spelled(key))
 
     def __getitem__(self, key: Key) -> Any:
+        value = self.given(key)
+        return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+    def given(self, key: Key) -> Any:
+        """The value with its gradients: what sums are made of, not choices."""
         try:
             return self._values[_plain(key)]
         except KeyError:
@@ -96,7 +101,7 @@ class Signals:
 
     def get(self, key: Key, default: Any = None) -> Any:
         """The value, or ``default`` if it is missing."""
-        return self._values.get(_plain(key), default)
+        return self[key] if key in self else default
 
     @classmethod
     def among(cls, needs: Iterable[Signal]) -> frozenset[Any]:

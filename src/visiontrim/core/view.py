@@ -22,6 +22,10 @@ class View:
 
     Tensors are on the model's device. The groups of signals hold what the step asked for in ``needs``, as far as it
     exists: no [CLS] token means no ``encoder.cls_attention``, no question means no ``text.question``.
+
+    ``features`` and signals are what choices, scores and weights are made by: they come without gradients, whatever was
+    given. Sums that a step puts into :class:`Keep` are made of ``content`` and ``projected_content``, so that training
+    reaches what was merged.
     """
 
     features: Float[Tensor, "batch tokens dim"]
@@ -42,6 +46,18 @@ class View:
     encoder: EncoderSignals = field(default_factory=EncoderSignals)
     decoder: DecoderSignals = field(default_factory=DecoderSignals)
     text: TextSignals = field(default_factory=TextSignals)
+    content: Tensor = None  # pyright: ignore[reportAssignmentType]  # the features, unless a view is replaced
+    """The features as they were given, [batch, tokens, dim], with their gradients."""
+
+    def __post_init__(self) -> None:
+        if self.content is None or not self.content.is_set_to(self.features):  # of other features, in a replaced view
+            object.__setattr__(self, "content", self.features)
+        object.__setattr__(self, "features", self.features.detach() if self.features.requires_grad else self.features)
+
+    @property
+    def projected_content(self) -> Float[Tensor, "batch tokens width"]:
+        """``encoder.projected`` with its gradients."""
+        return self.encoder.given("projected")
 
     def count(self, keep: Amount, of: int | None = None, name: str = "keep") -> int:
         """Tokens of this segment that ``keep`` means, at least 1.
@@ -100,14 +116,14 @@ class Keep:
 
     index: Int[Tensor, "batch kept"]
     features: Float[Tensor, "batch kept dim"] | None = None
-    """The outputs when something was merged into them; None keeps the features of ``index`` untouched."""
+    """The outputs when something was merged into them, sums of ``View.content``; None keeps those of ``index``."""
     assignment: Int[Tensor, "batch tokens"] | None = None
     """For every token of the view the output that it went to, -1 where it was dropped; None: only ``index`` lives."""
     complement: Bool[Tensor, "batch kept"] | None = None
     """Outputs that stand for a cluster of leftovers (complement tokens); None: there are none."""
     projected: Float[Tensor, "batch kept width"] | None = None
-    """The outputs when something was merged into them after the projector, in the space of ``encoder.projected``; they
-    take the place of what the projector makes of ``features``."""
+    """The outputs when something was merged into them after the projector, sums of ``View.projected_content``; they take
+    the place of what the projector makes of ``features``."""
 
     marked: Bool[Tensor, "batch kept"] | None = None
     """Outputs that later steps see as marked, besides those that are already; None: no more."""

@@ -89,17 +89,23 @@ class Context:
 
     @contextmanager
     def choosing(self) -> Iterator[Exact]:
-        """The method's own work: timed, without gradients, and in the precision of the model's weights.
+        """The method's own work: timed, and in the precision of the model's weights.
 
-        Gives a function that brings features into that precision, from a lower one under autocast, which is off here.
+        Sums of what it merges have gradients where the model has. Gives a function that brings features into that
+        precision, from a lower one under autocast, which is off here.
         """
         lowered = [kind for kind in {"cpu", self._model.device.type} if torch.is_autocast_enabled(kind)]
         with ExitStack() as stack:
             stack.enter_context(self._clock("method"))
-            stack.enter_context(torch.no_grad())
             for kind in lowered:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield self._as_weights if lowered else _as_it_is
+
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """What is computed for the method to choose by: timed with its work, and without gradients."""
+        with self.choosing(), torch.no_grad():
+            yield
 
     def _as_weights(self, features: Tensor) -> Tensor:
         return features.to(self._model.dtype)

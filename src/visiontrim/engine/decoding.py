@@ -94,7 +94,7 @@ class DecodingStage:
         held = self._held(forward)
         if not forward.answers or held is None or (glanced := held.glanced) is None:
             return
-        with self._context.choosing():
+        with self._context.hearing():
             attention = self._attention(forward).gather(1, glanced.places).masked_fill(~glanced.valid, 0.0)
             glance = Glance(attention, glanced.valid, glanced.attention, glanced.shown)
             shown = self._decoding.select(glance)

@@ -209,7 +209,7 @@ class EncoderStage:
         needs: set[Key] = {instead if name == "cls_attention" else name for name in asked}
         if not self._family.special_tokens:
             needs.discard("cls_query")
-        with self._context.choosing():
+        with self._context.hearing():
             for name, value in encoder_signals(self._family, encoding, needs, query, key, scaling):
                 encoding.between.setdefault(name, []).append(value)
 

@@ -86,6 +86,7 @@ class Hearing:
         if layer in self.remembers:
             prefill.heard.previous = hidden
 
+    @torch.no_grad()
     def before_step(
         self,
         prefill: Prefill,
@@ -142,8 +143,12 @@ def _heads_first(values: Tensor) -> Tensor:
 
 
 class Asked:
-    """The signals that one step asks for, of all images of a prefill; ``norm`` is the coming layer's input norm."""
+    """The signals that one step asks for, of all images of a prefill; ``norm`` is the coming layer's input norm.
 
+    They are what is chosen by, so none has gradients.
+    """
+
+    @torch.no_grad()
     def __init__(
         self, prefill: Prefill, step: Step, hidden: Float[Tensor, "batch width dim"], norm: Callable[[Tensor], Tensor]
     ) -> None:
@@ -163,6 +168,7 @@ class Asked:
         self._last = (asked * torch.arange(1, asked.shape[1] + 1, device=asked.device)).argmax(1)
         self._of_tokens = self._chunk_wide()
 
+    @torch.no_grad()
     def of_group(self, number: int) -> tuple[DecoderSignals, TextSignals]:
         """What the view of group ``number`` shows."""
         prefill, needs = self._prefill, self._needs

@@ -167,7 +167,7 @@ class VisionStage:
         call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return
-        with self._context.choosing():
+        with self._context.hearing():
             for signal, value in encoder_signals(self._family, call.encoding, signals, query, key, scaling):
                 call.encoding.heard.setdefault(signal, []).append(value)
 
@@ -183,7 +183,7 @@ class VisionStage:
         if step is None and inside is None:
             call.groups += [group for group, _, _ in segments]
             return None
-        with self._context.choosing():
+        with self._context.hearing():
             signals = of_placeholders(family, encoding)
         slots, values, blank, projected, rows = [], [], [], [], 0
         for number, (old, index, marks) in enumerate(segments):
@@ -247,9 +247,10 @@ class VisionStage:
             before=group.part.before,
             marked=group.now.marked,
             encoder=EncoderSignals(seen),
-            text=TextSignals(self._text(call, encoding, group, features, at)),
+            text=self._text(call, encoding, group, features, at),
         )
 
+    @torch.no_grad()
     def _text(
         self,
         call: Call,
@@ -257,11 +258,11 @@ class VisionStage:
         group: Group,
         features: Float[Tensor, "images tokens dim"],
         at: Int[Tensor, "images tokens"],
-    ) -> dict[Key, Any]:
-        """What the step asked for of the question, and of the tokens in its space; {} without a question."""
+    ) -> TextSignals:
+        """What the step asked for of the question, and of the tokens in its space; nothing without a question."""
         family, questions, asked, seen = self._family, self._questions, self._of_text, {}
         if not questions.asked:
-            return seen
+            return TextSignals()
         batch, device = call.input_ids.shape[0], features.device
         if "words" in asked:
             if questions.words is None:
@@ -272,7 +273,7 @@ class VisionStage:
             seen["words"] = questions.for_rows(questions.words, group.rows, batch, device)
         guidance = questions.guidance
         if guidance is None:
-            return seen
+            return TextSignals(seen)
         if "question" in asked:
             seen["question"] = questions.for_rows(guidance, group.rows, batch, device)
         if "joint" in asked:
@@ -283,7 +284,7 @@ class VisionStage:
             )
         if "joint_last" in asked:
             seen["joint_last"] = guidance.embed(self._last_hidden(encoding, features, at))
-        return seen
+        return TextSignals(seen)
 
     def _last_hidden(
         self, encoding: Encoding, features: Float[Tensor, "images tokens dim"], at: Int[Tensor, "images tokens"]

@@ -36,7 +36,7 @@ class AvgPool(EncoderStep):
         cells, middles = (part.to(view.features.device) for part in pool_cells(view.grid, count))
         return Keep(
             middles.expand(batch, -1),
-            pool_by_weight(view.features, torch.zeros_like(view.features[..., 0]), cells, count),
+            pool_by_weight(view.content, torch.zeros_like(view.features[..., 0]), cells, count),
             assignment=cells.expand(batch, -1),
             complement=(torch.bincount(cells) > 1).expand(batch, -1),
         )

@@ -42,7 +42,7 @@ def keep_with_complement(
     index = top_k(score, dominant)
     rest = leftovers(index, score.shape[1])
     merged = complement(
-        gather(view.features, rest),
+        gather(view.content, rest),
         gather(guide.joint, rest),
         guide.text.tokens,
         guide.text.mask,
@@ -54,7 +54,7 @@ def keep_with_complement(
         iterations=iterations,
     )
     index = torch.cat([index, gather(rest, merged.centres)], 1)
-    features = torch.cat([gather(view.features, index[:, :dominant]), merged.features], 1)
+    features = torch.cat([gather(view.content, index[:, :dominant]), merged.features], 1)
     ordinals = torch.arange(dominant + added, device=index.device)
     order = index.argsort(1) if raster else ordinals.expand_as(index)
     place = order.argsort(1) if raster else order

@@ -114,9 +114,9 @@ def averaged(view: View, index: Int[Tensor, "batch kept"]) -> Keep:
     exactly = "donot_use_mm_for_euclid_dist"  # or ties would be decided by rounding
     nearest = torch.cdist(places, gather(places, index), compute_mode=exactly).argmin(-1)
     nearest.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
-    batch, _, dim = view.features.shape
-    total = view.features.new_zeros(batch, index.shape[1], dim, dtype=torch.float32)
-    total.scatter_add_(1, nearest[..., None].expand_as(view.features), view.features.float())
+    batch, _, dim = view.content.shape
+    total = view.content.new_zeros(batch, index.shape[1], dim, dtype=torch.float32)
+    total.scatter_add_(1, nearest[..., None].expand_as(view.content), view.content.float())
     number = torch.zeros_like(total[..., 0]).scatter_add_(1, nearest, torch.ones_like(places[..., 0]))
     return Keep(index, total / number[..., None], nearest)
 

@@ -44,4 +44,4 @@ class CrossGET(Matching):
         keys = view.encoder.keys.float().mean(1)
         source, target = match_any(keys, importance, count)
         pairs = torch.stack([importance.gather(1, source), importance.gather(1, target)]).softmax(0) * 2
-        return merge_into(view.features, view.encoder.mass, source, target, (pairs[0], pairs[1]))
+        return merge_into(view.content, view.encoder.mass, source, target, (pairs[0], pairs[1]))

@@ -84,7 +84,7 @@ class DyMU(Matching):
         return counts.pop()
 
     def merged(self, view: View, count: int) -> Merged:
-        return merge_into(view.features, view.encoder.mass, *match(metric(view), count))
+        return merge_into(view.content, view.encoder.mass, *match(metric(view), count))
 
 
 def metric(view: View) -> Float[Tensor, "batch tokens dim"]:

@@ -90,7 +90,7 @@ class FastVID(EncoderStep):
         return frozenset({"encoder.projected", "encoder.cls_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
-        tokens = by_frame(view, view.encoder.projected)
+        tokens = by_frame(view, view.projected_content)
         videos = zip(tokens, cls_attention(view).view(tokens.shape[:3]), strict=True)  # each has segments of its own
         answers = [self._of_video(video, score, count) for video, score in videos]
         index, values, absorbed = (torch.stack(parts) for parts in zip(*answers, strict=True))
@@ -106,7 +106,7 @@ class FastVID(EncoderStep):
         alone = torch.tensor([share - part for share, part in zip(quota, context, strict=True)], device=score.device)
         salient = rank < alone[:, None]
         values, anchors = tokens.clone(), torch.zeros_like(salient)
-        whole = F.normalize(tokens.mean(1), dim=-1)
+        whole = F.normalize(tokens.detach().mean(1), dim=-1)
         for first, last in cut_at_changes((whole[1:] * whole[:-1]).sum(-1), self.segments, self.threshold):
             used = list(range(first + (last - first) % PERIOD, last + 1, PERIOD))
             room = (places - alone[used])[None]
@@ -130,7 +130,7 @@ class FastVID(EncoderStep):
     ) -> Float[Tensor, "anchors dim"]:
         if not len(anchors) or not len(going):
             return anchors
-        nearest = (F.normalize(going, dim=-1) @ F.normalize(anchors, dim=-1).mT).argmax(-1)
+        nearest = (F.normalize(going.detach(), dim=-1) @ F.normalize(anchors.detach(), dim=-1).mT).argmax(-1)
         inside = F.one_hot(nearest, len(anchors)).float().mT
         number = inside.sum(1, keepdim=True)
         weight = (1 / (1 + number)).clamp(min=self.beta)

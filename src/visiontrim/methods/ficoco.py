@@ -130,7 +130,7 @@ class FiCoCoL(Cascade):
         onward, _ = _shares(from_text, within_text, mask)
         correlation = self.gamma * direct + (1 - self.gamma) / words[..., None] * (by_text @ onward)
         targets = correlation.gather(2, kept[:, None].expand(-1, dropped.shape[1], -1))
-        merged = absorb(gather(view.features, kept), gather(view.features, dropped), targets, self.eps)
+        merged = absorb(gather(view.content, kept), gather(view.content, dropped), targets, self.eps)
         nearest = targets.argmax(-1)
         ordinals = torch.arange(count, device=kept.device).expand_as(kept)
         assignment = torch.empty(view.features.shape[:2], dtype=torch.long, device=kept.device)

@@ -82,7 +82,7 @@ class FiCoCoV(Matching):
         kept = leftovers(dropped, score.shape[1])
         rows = gather(logits, dropped)
         correlation = rows.gather(2, kept[:, None].expand(-1, count, -1)).softmax(-1)
-        features = absorb(gather(view.features, kept).float(), gather(view.features, dropped), correlation, self.eps)
+        features = absorb(gather(view.content, kept).float(), gather(view.content, dropped), correlation, self.eps)
         went_to = torch.zeros(score.shape, dtype=torch.long, device=kept.device)
         went_to.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
         went_to.scatter_(1, dropped, correlation.argmax(-1))

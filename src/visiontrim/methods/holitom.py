@@ -74,7 +74,7 @@ class HoliTom(EncoderStep):
         return frozenset({"encoder.projected", "encoder.column_attention"})
 
     def choose(self, view: View, count: int) -> Keep:
-        tokens, scores = by_frame(view, view.encoder.projected), by_frame(view, view.encoder.column_attention)
+        tokens, scores = by_frame(view, view.projected_content), by_frame(view, view.encoder.column_attention)
         videos = zip(tokens, scores, strict=True)  # each has windows of its own
         answers = [self._of_video(tokens, score, count) for tokens, score in videos]
         index, values, assignment = (torch.stack(parts) for parts in zip(*answers, strict=True))
@@ -85,7 +85,7 @@ class HoliTom(EncoderStep):
         self, tokens: Float[Tensor, "frames places dim"], score: Float[Tensor, "frames places"], count: int
     ) -> tuple[Int[Tensor, " kept"], Float[Tensor, "kept dim"], Int[Tensor, " tokens"]]:
         frames, places = score.shape
-        static = F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1) > self.threshold
+        static = F.cosine_similarity(tokens[1:].detach(), tokens[:-1].detach(), dim=-1) > self.threshold
         number = torch.arange(frames * places, device=score.device).view(frames, places)
         # home: the token that stands for each; unit: its frame, or after all frames its window; -1: absorbed
         values, home, unit = tokens.clone(), number.clone(), number // places
@@ -152,5 +152,5 @@ class HoliTomInner(Cascade):
 
     def choose(self, view: View, count: int) -> Keep:
         index = top_k(view.decoder.last_attention, count)
-        merged = merge_into_nearest(view.features, view.features, index, "halve")
+        merged = merge_into_nearest(view.content, view.features, index, "halve")
         return Keep(index, merged.features, merged.assignment, merged.members > 0)

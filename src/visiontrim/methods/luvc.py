@@ -138,7 +138,7 @@ def pooled(view: View, count: int) -> Keep:
     assignment = torch.bucketize(torch.arange(tokens), borders).to(view.features.device)
     return Keep(
         centres.to(view.features.device).expand(batch, count),
-        resample(view.features, count),
+        resample(view.content, count),
         assignment.expand(batch, tokens),
     )
 
@@ -176,7 +176,7 @@ class _Merge(Step):
         if not count:
             return Keep.everything(view)
         best = self.method.pairs == "best"
-        merged = merge_axis(view.features, seen.mass, seen.lattice, axis, count, unit=seen.unit, best=best)
+        merged = merge_axis(view.content, seen.mass, seen.lattice, axis, count, unit=seen.unit, best=best)
         lattice = list(seen.lattice)
         lattice[axis] -= count
         return Keep(merged.index, merged.features, merged.assignment, lattice=(lattice[0], lattice[1], lattice[2]))

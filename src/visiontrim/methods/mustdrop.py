@@ -160,8 +160,8 @@ class _Windows(Step):
             return Keep.everything(view)
         chosen = members[top_k(similarity, count)]
         index = leftovers(chosen[..., 1:].flatten(1), view.total)
-        means = view.features.float()[torch.arange(len(chosen))[:, None, None], chosen].mean(2)
-        features = view.features.float().scatter(1, chosen[..., :1].expand_as(means), means)
+        means = view.content.float()[torch.arange(len(chosen))[:, None, None], chosen].mean(2)
+        features = view.content.float().scatter(1, chosen[..., :1].expand_as(means), means)
         features = features.gather(1, index[..., None].expand(-1, -1, means.shape[-1]))
         assignment = torch.zeros_like(view.coordinates[..., 0], dtype=torch.long)
         assignment.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))

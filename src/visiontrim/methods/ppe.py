@@ -54,7 +54,7 @@ class PPE(EncoderStep):
         return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        tokens = by_frame(view, view.encoder.projected)
+        tokens = by_frame(view, view.projected_content)
         batch, frames, places = tokens.shape[:3]
         assignment = torch.full((batch, frames, places), -1, device=tokens.device)
         index, features, before = [], [], 0

@@ -105,7 +105,7 @@ class PruMerge(EncoderStep):
         if self.variant == "paper":
             index = index.sort(1).values
         features = add_neighbours(
-            view.features,
+            view.content,
             keys.transpose(1, 2).flatten(2),
             attention,
             index,
@@ -162,7 +162,7 @@ def _with_rest(
         return Keep(index, features)
     rest = leftovers(index, tokens)
     weights = gather(attention, rest)[:, None]
-    extra = (weights @ gather(view.features, rest).float()).to(features.dtype)
+    extra = (weights @ gather(view.content, rest).float()).to(features.dtype)
     best = gather(rest, weights[:, 0].argmax(1, keepdim=True))
     ordinals = torch.arange(kept + 1, device=index.device).expand(batch, -1)
     assignment = torch.full_like(attention, kept, dtype=torch.long).scatter(1, index, ordinals[:, :kept])

@@ -144,10 +144,10 @@ def _recycled(view: View, score: Float[Tensor, "batch tokens"], index: Tensor, r
     """The tokens of ``index``, then the means of ``clusters`` of the ``recycled`` best others."""
     rest = leftovers(index, score.shape[1])
     best = gather(rest, top_k(score.gather(1, rest), recycled))
-    found = density_peaks(gather(view.features, best), clusters, clusters)
+    found = density_peaks(gather(view.content, best), clusters, clusters)
     kept = index.shape[1]
     outputs = torch.cat([index, gather(best, found.centres)], 1)
-    features = torch.cat([gather(view.features, index), found.features], 1)
+    features = torch.cat([gather(view.content, index), found.features], 1)
     ordinals = torch.arange(kept, device=index.device).expand_as(index)
     assignment = torch.full_like(score, -1, dtype=torch.long).scatter(1, index, ordinals)
     assignment = assignment.scatter(1, best, kept + found.assignment)

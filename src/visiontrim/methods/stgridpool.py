@@ -58,12 +58,12 @@ class STGridPool(EncoderStep):
         return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        given = view.encoder.projected
+        given = view.projected_content
         batch, _, dim = given.shape
         tokens = given.float()
         if self.gridding:
             tokens = temporal_gridding(tokens.view(batch, *view.grid, dim)).reshape(batch, -1, dim)
-        norms = tokens.norm(dim=-1) * (dim**-0.5 if self.norm == "rms" else 1.0)
+        norms = tokens.detach().norm(dim=-1) * (dim**-0.5 if self.norm == "rms" else 1.0)
         cells, middles = (part.to(tokens.device) for part in pool_cells(view.grid, count))
         return Keep(
             middles.expand(batch, -1),

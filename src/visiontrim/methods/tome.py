@@ -33,4 +33,4 @@ class ToMe(Matching):
         return frozenset({"encoder.keys"})
 
     def merged(self, view: View, count: int) -> Merged:
-        return merge_into(view.features, view.encoder.mass, *match(view.encoder.keys.float().mean(1), count))
+        return merge_into(view.content, view.encoder.mass, *match(view.encoder.keys.float().mean(1), count))

@@ -46,4 +46,4 @@ class Turbo(Matching):
     def merged(self, view: View, count: int) -> Merged:
         keys = view.encoder.keys.float().mean(1)
         penalty = 30 * self.alpha * cls_attention(view)
-        return merge_into(view.features, view.encoder.mass, *match(keys, count, penalty))
+        return merge_into(view.content, view.encoder.mass, *match(keys, count, penalty))

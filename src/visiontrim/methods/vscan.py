@@ -121,8 +121,7 @@ class _VisionStage(Step):
         local = rank_within(window, cls_attention(view, self.method.shallow)) < count // 2 // number
         # probabilities are at most 1, so local patches come before every global one
         index = top_k(cls_attention(view) + 2 * local, count)
-        projected = view.encoder.projected
-        merged = merge_into_nearest(projected, projected, index, "mean")
+        merged = merge_into_nearest(view.projected_content, view.encoder.projected, index, "mean")
         return Keep(index, None, merged.assignment, merged.members > 0, projected=merged.features)
 
 

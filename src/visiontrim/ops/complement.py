@@ -66,7 +66,6 @@ def complement(
         raise ValueError(f"merge={merge!r} weighs by the scores, and raw scores are no weights: merge='uniform'")
     unit = functools.partial(F.normalize, dim=-1) if cosine else torch.Tensor.float
     softmax = scores == "softmax"
-    width = features.shape[-1]
     words = (unit(text.float()) * scale).mT
     similarity = unit(joint.float()) @ words
     share = mask / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -83,21 +82,22 @@ def complement(
     else:
         of_tokens = similarity.masked_fill(padding, 0.0)
 
-    both = torch.cat([features.float(), joint.float()], -1)
+    values, places = features.float(), joint.float()
     others = (own < 0)[..., None]
-    total = centres = gather(both, index)
-    terms = torch.ones_like(total[..., :1])
-    assignment = own
+    total, centres = gather(values, index), gather(places, index)
+    there, terms, assignment = centres, torch.ones_like(centres[..., :1]), own
     for _ in range(iterations):
-        of_centres = unit(centres[..., width:]) @ words
+        of_centres = unit(centres) @ words
         agreement = of_tokens @ (of_centres.softmax(1) if softmax else of_centres).mT
         best, nearest = agreement.max(-1, keepdim=True)
         weight = others.float() if merge == "uniform" else best * others
         weights = torch.zeros_like(agreement).scatter_(-1, nearest, weight)
         size = weights.sum(1)[..., None]
         grew = size > 0
-        total = total + weights.mT @ both / torch.where(grew, size, 1.0)
+        size = torch.where(grew, size, 1.0)
+        total, there = total + weights.mT @ values / size, there + weights.mT @ places / size
         terms = terms + grew
-        centres = total / terms if merge == "mean" else total
+        centres = there / terms if merge == "mean" else there
         assignment = torch.where(others, nearest, own[..., None])[..., 0]
-    return Complement(centres[..., :width].to(features.dtype), index, assignment)
+    merged = total / terms if merge == "mean" else total
+    return Complement(merged.to(features.dtype), index, assignment)

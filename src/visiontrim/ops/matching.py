@@ -143,8 +143,8 @@ def merge_axis(
     """Merge ``count`` disjoint pairs of similar neighbours in every line along ``axis`` of ``lattice``.
 
     ``axis`` 1 runs down the rows, 2 along the columns of (frames, rows, columns). Similarity is the cosine of the means
-    over the ``unit`` patches that stand side by side in a token. Pairs become means weighted by ``mass``; everything
-    else stays as it is, and the tokens still form a box.
+    over the ``unit`` patches that stand side by side in a token, without gradients. Pairs become means weighted by
+    ``mass``; everything else stays as it is, and the tokens still form a box.
     """
     batch, tokens, dim = features.shape
     length, left = lattice[axis], lattice[axis] - count
@@ -152,7 +152,7 @@ def merge_axis(
     after = frames, rows, columns
     order = _lines(torch.arange(tokens, device=features.device), lattice, axis)
     lines, masses = features[:, order].reshape(-1, length, dim), mass[:, order].reshape(-1, length)
-    means = F.normalize(lines.float().view(*lines.shape[:2], unit, -1).mean(2), dim=-1)
+    means = F.normalize(lines.detach().float().view(*lines.shape[:2], unit, -1).mean(2), dim=-1)
     similarity = (means[:, 1:] * means[:, :-1]).sum(-1)
     pairs = best_pairs(similarity, count) if best else fixed_pairs(similarity, count)
 

@@ -29,15 +29,17 @@ def density_peaks(features: Float[Tensor, "batch tokens dim"], count: int, neigh
     ``neighbours`` nearest tokens), itself counted; delta is its distance to the nearest denser token, or for the
     densest the largest distance of all. The ``count`` tokens with the highest density x delta are centres, every other
     token goes to the nearest centre. float32; of equal densities the lower index counts as denser, of equal scores and
-    distances the lower index is taken. Means come back in the dtype of ``features``. Holds tokens^2 numbers.
+    distances the lower index is taken. Means come back in the dtype of ``features``; they alone have its gradients. Holds
+    tokens^2 numbers.
     Raises :class:`ValueError` for more centres or neighbours than tokens.
     """
     batch, tokens, dim = features.shape
     if not 1 <= count <= tokens or not 1 <= neighbours <= tokens:
         raise ValueError(f"{count} centres and {neighbours} neighbours among {tokens} tokens are impossible")
     values = features.float()
+    places = values.detach()
     # direct differences, not the expanded square: near tokens must not be lost to rounding
-    distance = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist") * dim**-0.5
+    distance = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist") * dim**-0.5
     nearest = distance.topk(neighbours, largest=False).values
     density = (-nearest.square().mean(-1)).exp()
     rank = density.argsort(dim=1, descending=True, stable=True).argsort(1)

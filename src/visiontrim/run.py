@@ -8,7 +8,7 @@ from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 from PIL import Image
-from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 
 from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
@@ -19,10 +19,11 @@ from visiontrim.core.trace import Trace
 from visiontrim.engine.context import Clock
 from visiontrim.engine.contract import facts
 from visiontrim.engine.guidance import Questions
-from visiontrim.engine.session import Per, Session
+from visiontrim.engine.session import Session
+from visiontrim.engine.sites import Per
 from visiontrim.images import as_seen, deviations
-from visiontrim.models.family import Family, unwrapped
-from visiontrim.models.text import EmbeddingGuidance, Guidance, TextTower
+from visiontrim.models.family import unwrapped
+from visiontrim.models.text import Reader, TextTower, guidance_of, words_of
 from visiontrim.picture import token_map
 from visiontrim.report import Report
 
@@ -37,7 +38,7 @@ def trim(
     keep: Amount | None = None,
     question: str | Sequence[str] | None = None,
     text_tower: str | Path | TextTower | None = None,
-    processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+    processor: Reader | None = None,
     positions: Positions | None = None,
     per: Per = "image",
     remember: int = 0,
@@ -101,7 +102,7 @@ class Run:
         method: Method,
         question: str | Sequence[str] | None,
         text_tower: str | Path | TextTower | None,
-        processor: ProcessorMixin | PreTrainedTokenizerBase | None,
+        processor: Reader | None,
         positions: Positions | None,
         per: Per,
         remember: int,
@@ -111,13 +112,13 @@ class Run:
         self.method = method
         self._processor = processor
         self._family = facts(self.model)
-        guidance = _guidance(self._family, text_tower, processor)
+        guidance = guidance_of(self._family, text_tower, processor)
         if question is not None and _reads_question(method) and guidance is None:
             raise TrimError(
                 "the question cannot be read without a text tower or the model's processor: pass text_tower= or "
                 "processor="
             )
-        self._questions = Questions(guidance, _words(self._family, processor), question)
+        self._questions = Questions(guidance, words_of(self._family, processor), question)
         rule = positions or ("keep" if self._family.mrope and method.positions == "compact" else method.positions)
         deviation = deviations(getattr(processor, "image_processor", None))
         self._session = Session(
@@ -191,22 +192,3 @@ def _reads_question(method: Method) -> bool:
     """Whether a step needs the question before the language model, in whose prompt it is, is reached."""
     of_text = (TextSignals.among(step.needs) for step in method.steps() if isinstance(step.site, VisionOutput))
     return any(names - {"words"} for names in of_text)
-
-
-def _guidance(
-    family: Family,
-    text_tower: str | Path | TextTower | None,
-    processor: ProcessorMixin | PreTrainedTokenizerBase | None,
-) -> Guidance | None:
-    if text_tower is not None:
-        if isinstance(text_tower, CLIPModel):
-            raise TrimError("a CLIPModel alone cannot read text: pass TextTower(model, tokenizer), or its name")
-        tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
-        tower.check_fits(family)
-        return tower
-    return _words(family, processor)
-
-
-def _words(family: Family, processor: ProcessorMixin | PreTrainedTokenizerBase | None) -> Guidance | None:
-    tokenizer: Any = getattr(processor, "tokenizer", processor)
-    return None if tokenizer is None else EmbeddingGuidance(family, tokenizer)

@@ -59,8 +59,8 @@ class Signals:
     """Named values, of which some may be missing; a subclass declares the names. A group does not change.
 
     ``group.name``, ``group["name"]`` and, for another encoder layer, ``group["name", 5]`` are the value, a tensor
-    without gradients, or raise :class:`MissingSignal`. ``"name" in group`` and ``group.get("name")`` ask first; iteration
-    gives what there is. Raises :class:`TrimError` for values under names that are not declared.
+    without gradients, or raise :class:`MissingSignal`. ``"name" in group`` and ``group.get("name")`` ask first;
+    iteration gives what there is. Raises :class:`TrimError` for values under names that are not declared.
     """
 
     __slots__ = ("_values",)
@@ -101,7 +101,7 @@ class Signals:
 
     def get(self, key: Key, default: Any = None) -> Any:
         """The value, or ``default`` if it is missing."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  # this is what would be called
 
     @classmethod
     def among(cls, needs: Iterable[Signal]) -> frozenset[Any]:

@@ -122,8 +122,8 @@ class Keep:
     complement: Bool[Tensor, "batch kept"] | None = None
     """Outputs that stand for a cluster of leftovers (complement tokens); None: there are none."""
     projected: Float[Tensor, "batch kept width"] | None = None
-    """The outputs when something was merged into them after the projector, sums of ``View.projected_content``; they take
-    the place of what the projector makes of ``features``."""
+    """The outputs when something was merged into them after the projector, sums of ``View.projected_content``; they
+    take the place of what the projector makes of ``features``."""
 
     marked: Bool[Tensor, "batch kept"] | None = None
     """Outputs that later steps see as marked, besides those that are already; None: no more."""

@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from visiontrim.core.errors import TrimError
 from visiontrim.core.signals import Key
 from visiontrim.engine.groups import Group, Placed
 from visiontrim.engine.inside import Inside
 from visiontrim.engine.upstream import Cache
 from visiontrim.models.family import Arguments, Kind
-from visiontrim.models.layout import Visual
 
 
 @dataclass(frozen=True)
@@ -90,29 +88,14 @@ class Call:
     """Passes through the text model in the forward in progress."""
     checked: Cache | None = None
     """The cache that was found fit to lack tokens."""
+    alone: bool = False
+    """There is no prompt: every image is a row of its own."""
+    tiles: Sequence[int] = ()
+    """Without a prompt, how many of the pictures that are encoded make each image; (): one."""
     outer: Call | None = None
     """The call that was in progress when this one began."""
 
-    @staticmethod
-    def owners(placeholders: Bool[Tensor, "batch tokens"], visuals: Sequence[Visual]) -> list[tuple[int, int]]:
-        """Row of the batch of every image, and which placeholder of that row is its first.
-
-        Raises :class:`TrimError` if images and placeholders do not fit.
-        """
-        counts = placeholders.sum(-1).tolist()
-        owners: list[tuple[int, int]] = []
-        for row, count in enumerate(counts):
-            taken = 0
-            while taken < count and len(owners) < len(visuals):
-                owners.append((row, taken))
-                taken += visuals[len(owners) - 1].length
-            if taken != count:
-                break
-        total = sum(visual.length for visual in visuals)
-        if len(owners) != len(visuals) or sum(counts) != total:
-            raise TrimError(
-                f"the prompt has {sum(counts)} image placeholders ({', '.join(map(str, counts))} by row) but the "
-                f"{len(visuals)} images give {total} vision tokens: build prompt and images with one call of the "
-                "model's processor"
-            )
-        return owners
+    @property
+    def rows(self) -> int:
+        """Rows that images are encoded for."""
+        return len(self.tiles) if self.alone else len(self.input_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from visiontrim.engine.inside import Inside
 
 @dataclass(frozen=True)
 class _Seen:
+    under: Hashable
+    """What was listened to, and what acted inside the encoder."""
     inputs: list[Tensor]
     output: Any
     heard: dict[Any, list[Tensor]]
@@ -39,11 +41,17 @@ class Memory:
         self._seen: deque[_Seen] = deque(maxlen=size)
         self._once_each = once_each
 
-    def encode(self, encode: Callable, encoding: Encoding, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """``encode(*args, **kwargs)``, which fills the signals of ``encoding``, or what was remembered of it."""
+    def encode(
+        self, encode: Callable, encoding: Encoding, under: Hashable, args: tuple, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """``encode(*args, **kwargs)``, which fills the signals of ``encoding``, or what was remembered of it.
+
+        ``under`` is what must be the same besides the inputs: the signals, and the steps inside the encoder.
+        """
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         for seen in self._seen:
-            if len(seen.inputs) == len(inputs) and all(map(_equal, seen.inputs, inputs)):
+            same = seen.under == under and len(seen.inputs) == len(inputs)
+            if same and all(map(_equal, seen.inputs, inputs)):
                 back = inputs[0].device
                 encoding.heard.update(_moved(seen.heard, back))
                 encoding.inside = seen.inside
@@ -51,7 +59,7 @@ class Memory:
         run = functools.partial(_once_each, encode, encoding.heard) if self._once_each else encode
         output = run(*args, **kwargs)
         self._seen.append(
-            _Seen(_moved(inputs, "cpu"), _moved(output, "cpu"), _moved(encoding.heard, "cpu"), encoding.inside)
+            _Seen(under, _moved(inputs, "cpu"), _moved(output, "cpu"), _moved(encoding.heard, "cpu"), encoding.inside)
         )
         return output
 

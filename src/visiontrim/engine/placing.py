@@ -6,15 +6,17 @@ It knows grids and placeholders; it does not know which tokens stay.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from visiontrim.core.errors import TrimError
 from visiontrim.engine.call import Call, Encoding
 from visiontrim.engine.groups import Group, Part, Placed
-from visiontrim.models.family import Family
-from visiontrim.models.layout import Segment
+from visiontrim.models.family import Family, Kind
+from visiontrim.models.layout import Segment, Visual
 
 
 def placed(
@@ -26,12 +28,11 @@ def placed(
     """
     visuals = family.visuals(encoding.kind, encoding.arguments, lengths)
     device = call.input_ids.device
-    placeholders = family.placeholders(call.input_ids, encoding.kind)
-    owners = call.owners(placeholders, visuals)
+    owners, images = _located(call, family, encoding.kind, visuals)
     starts = list(itertools.accumulate((visual.length for visual in visuals), initial=0))
     number = 1 + max((number for group in call.groups for number in group.numbers), default=-1)
     members: dict[tuple[Part, int, int], list[tuple[int, int, Segment]]] = {}
-    for tiles in _images(owners, placeholders, family.adjoining):
+    for tiles in images:
         whole, before = [visuals[tile] for tile in tiles], 0
         for tile, visual in zip(tiles, whole, strict=True):
             for segment, budget, start in visual.split(per):
@@ -57,6 +58,52 @@ def placed(
         )
         groups.append(Placed(group, (start + index).to(device), (start + marks).to(device)))
     return groups
+
+
+def _located(
+    call: Call, family: Family, kind: Kind, visuals: Sequence[Visual]
+) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """Row of the batch of everything encoded, which placeholder of that row is its first, and what makes one image."""
+    if not call.alone:
+        placeholders = family.placeholders(call.input_ids, kind)
+        owners = _owners(placeholders, visuals)
+        return owners, _images(owners, placeholders, family.adjoining)
+    call.tiles = call.tiles or [1] * len(visuals)
+    if sum(call.tiles) != len(visuals):
+        raise TrimError(
+            f"{len(visuals)} pictures were encoded, but {', '.join(map(str, call.tiles))} announced for "
+            f"{len(call.tiles)} images: give how many pictures make each image"
+        )
+    numbers, owners, images = iter(range(len(visuals))), [], []
+    for row, count in enumerate(call.tiles):
+        images.append(list(itertools.islice(numbers, count)))
+        starts = itertools.accumulate((visuals[number].length for number in images[-1]), initial=0)
+        owners += [(row, start) for _, start in zip(images[-1], starts, strict=False)]
+    return owners, images
+
+
+def _owners(placeholders: Bool[Tensor, "batch tokens"], visuals: Sequence[Visual]) -> list[tuple[int, int]]:
+    """Row of the batch of every image, and which placeholder of that row is its first.
+
+    Raises :class:`TrimError` if images and placeholders do not fit.
+    """
+    counts = placeholders.sum(-1).tolist()
+    owners: list[tuple[int, int]] = []
+    for row, count in enumerate(counts):
+        taken = 0
+        while taken < count and len(owners) < len(visuals):
+            owners.append((row, taken))
+            taken += visuals[len(owners) - 1].length
+        if taken != count:
+            break
+    total = sum(visual.length for visual in visuals)
+    if len(owners) != len(visuals) or sum(counts) != total:
+        raise TrimError(
+            f"the prompt has {sum(counts)} image placeholders ({', '.join(map(str, counts))} by row) but the "
+            f"{len(visuals)} images give {total} vision tokens: build prompt and images with one call of the "
+            "model's processor"
+        )
+    return owners
 
 
 def _images(

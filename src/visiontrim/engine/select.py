@@ -29,7 +29,7 @@ def place_groups(prefill: Prefill, family: Family) -> None:
     Raises :class:`TrimError` if placeholders and images do not fit.
     """
     call, ids = prefill.call, prefill.call.forward_ids
-    copies = ids.shape[0] // call.input_ids.shape[0]
+    copies = len(ids) // call.rows
     prefill.groups = [_expanded(group, copies) for group in call.groups]
     prefill.rows = [torch.tensor(group.rows, device=ids.device) for group in prefill.groups]
     wanted = sum(group.places.numel() + group.marks.numel() for group in prefill.groups)

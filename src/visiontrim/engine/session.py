@@ -6,21 +6,9 @@ It knows where a call of the model begins and ends, and which stages a method ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import (
-    DecoderLayer,
-    Decoding,
-    EncoderLayer,
-    Layers,
-    Method,
-    Plan,
-    Positions,
-    Step,
-    VisionOutput,
-    check_order,
-)
+from visiontrim.core.method import Decoding, Method, Plan, Positions, Step
 from visiontrim.core.trace import Trace
 from visiontrim.engine.call import Call
 from visiontrim.engine.context import Clock, Context
@@ -30,6 +18,7 @@ from visiontrim.engine.guidance import Questions
 from visiontrim.engine.language import LanguageStage
 from visiontrim.engine.memory import Memory
 from visiontrim.engine.replaced import Replaced
+from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.upstream import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -40,9 +29,6 @@ from visiontrim.engine.upstream import (
 )
 from visiontrim.engine.vision import VisionStage
 from visiontrim.models.family import Family
-
-Per = Literal["image", "tile", "frame"]
-"""What a number of tokens is meant for: a whole image or video, each tile of an anyres image, or each frame."""
 
 
 class Session:
@@ -75,21 +61,15 @@ class Session:
         self._family = family
         self._questions = questions
         self.context = context = Context(family.model, finish, clock)
-        inside = family.depth("image") if family.encoder_layers("image") else 0
-        whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
-        depth = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole)
-        encoder, vision, language = _by_site(method, depth)
-        decoding = method.decoding
+        sites, decoding = Sites.of(family, method), method.decoding
         upstream = Upstream(family.language_model)
-        check_arguments(family, upstream, layers=bool(language) or decoding is not None or positions != "keep")
-        _check_layers(family, upstream, language, decoding)
-        memory = Memory(remember, once_each=not encoder) if remember else None
-        steps = (*encoder.values(), *([] if vision is None else [vision]), *language.values())
-        apart = any(step.own_counts for step in steps)
+        check_arguments(family, upstream, layers=bool(sites.language) or decoding is not None or positions != "keep")
+        _check_layers(family, upstream, sites.language, decoding)
+        memory = Memory(remember, once_each=not sites.encoder) if remember else None
         self._stages = (
-            EncoderStage(family, encoder, per, apart, deviation, context),
-            VisionStage(family, vision, per, apart, memory, questions, context),
-            LanguageStage(family, language, decoding, positions, _narrows_cache(method), upstream, context),
+            EncoderStage(family, sites.encoder, per, sites.apart, deviation, context),
+            VisionStage(family, sites.vision, per, sites.apart, memory, sites.encoder, questions, context),
+            LanguageStage(family, sites.language, decoding, positions, _narrows_cache(method), upstream, context),
         )
         self._removers: list = []
 
@@ -189,35 +169,6 @@ def _narrows_cache(method: Method) -> bool:
 
 
 _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"
-
-
-def _by_site(method: Method, layers: Layers) -> tuple[dict[int, Step], Step | None, dict[int, Step]]:
-    """The steps between encoder layers, the one at the vision output, and those between decoder layers."""
-    encoder, vision, language = {}, None, {}
-    steps = method.steps_for(layers)
-    if not layers.encoder and any(isinstance(step.site, EncoderLayer) for step in steps):
-        raise TrimError(
-            f"{method} acts inside the vision encoder, which is not supported for this model: leave that stage out"
-        )
-    check_order(method, steps)
-    for step in steps:
-        match step.site:
-            case EncoderLayer(index):
-                if index >= layers.encoder:
-                    raise TrimError(
-                        f"{method} acts before encoder layer {index}, but the output of the encoder passes through "
-                        f"{layers.encoder} layers"
-                    )
-                encoder[index] = step
-            case VisionOutput():
-                vision = step
-            case DecoderLayer(index):
-                if index >= layers.decoder:
-                    raise TrimError(
-                        f"{method} acts before decoder layer {index}, but the model has {layers.decoder} layers"
-                    )
-                language[index] = step
-    return encoder, vision, language
 
 
 def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Step], decoding: Decoding | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ class VisionStage:
         per: str,
         apart: bool,
         memory: Memory | None,
+        inside: Mapping[int, Step],
         questions: Questions,
         context: Context,
     ) -> None:
@@ -58,6 +59,8 @@ class VisionStage:
         self._apart = apart
         self._memory = memory
         needs = frozenset() if step is None else step.needs
+        self._under = needs, tuple(inside.items())
+        """What a remembered encoding must have been made for."""
         self._of_encoder, self._of_text = EncoderSignals.among(needs), TextSignals.among(needs)
         if step is not None:
             heard = {EncoderSignals.spelled(name) for name in AT_OUTPUT}
@@ -134,7 +137,7 @@ class VisionStage:
         call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return encode(*args, **kwargs)
-        return memory.encode(encode, call.encoding, args, kwargs)
+        return memory.encode(encode, call.encoding, self._under, args, kwargs)
 
     def _before_projector(self, module, args):
         call: Call | None = self._context.call
@@ -263,7 +266,7 @@ class VisionStage:
         family, questions, asked, seen = self._family, self._questions, self._of_text, {}
         if not questions.asked:
             return TextSignals()
-        batch, device = call.input_ids.shape[0], features.device
+        batch, device = call.rows, features.device
         if "words" in asked:
             if questions.words is None:
                 raise TrimError(

@@ -95,7 +95,7 @@ class Family(ABC):
     @property
     def core(self) -> Any:
         """The module that calls encoder, projector and language model, and sees ``input_ids``."""
-        return self.model.model
+        return getattr(self.model, "model", self.model)  # facts may be asked of a core alone, without a head
 
     @property
     def language_model(self) -> Any:

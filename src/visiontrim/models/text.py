@@ -8,16 +8,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.signals import Text
 from visiontrim.models.family import Family
+
+Reader = ProcessorMixin | PreTrainedTokenizerBase
+"""What reads a question: a tokenizer, or a processor with one."""
 
 MAX_WINDOWS = 16
 """Longest question, in windows of the text tower; the cost of guidance grows with every text token."""
@@ -145,6 +148,30 @@ class EmbeddingGuidance(Guidance):
     @torch.no_grad()
     def embed(self, features: Tensor) -> Tensor:
         return self._family.to_language(features)
+
+
+def guidance_of(
+    family: Family,
+    text_tower: str | Path | TextTower | None,
+    processor: Reader | None,
+) -> Guidance | None:
+    """What reads a question for the model of ``family``: the text tower, or the language model's own embeddings.
+
+    Raises :class:`TrimError` for a tower that does not fit.
+    """
+    if text_tower is not None:
+        if isinstance(text_tower, CLIPModel):
+            raise TrimError("a CLIPModel alone cannot read text: pass TextTower(model, tokenizer), or its name")
+        tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
+        tower.check_fits(family)
+        return tower
+    return words_of(family, processor)
+
+
+def words_of(family: Family, processor: Reader | None) -> Guidance | None:
+    """The language model's own embeddings of a question, if there is a tokenizer to read it."""
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    return None if tokenizer is None else EmbeddingGuidance(family, tokenizer)
 
 
 def _padded(rows: Sequence[Float[Tensor, "text joint"]], scale: float) -> Text:

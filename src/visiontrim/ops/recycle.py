@@ -29,8 +29,8 @@ def density_peaks(features: Float[Tensor, "batch tokens dim"], count: int, neigh
     ``neighbours`` nearest tokens), itself counted; delta is its distance to the nearest denser token, or for the
     densest the largest distance of all. The ``count`` tokens with the highest density x delta are centres, every other
     token goes to the nearest centre. float32; of equal densities the lower index counts as denser, of equal scores and
-    distances the lower index is taken. Means come back in the dtype of ``features``; they alone have its gradients. Holds
-    tokens^2 numbers.
+    distances the lower index is taken. Means come back in the dtype of ``features``; they alone have its gradients.
+    Holds tokens^2 numbers.
     Raises :class:`ValueError` for more centres or neighbours than tokens.
     """
     batch, tokens, dim = features.shape

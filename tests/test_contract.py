@@ -176,6 +176,7 @@ def break_attention(model, monkeypatch, part: str, name: str) -> None:
 CASES = [
     *((break_argument, part, one(name)) for part, names in contract.ARGUMENTS.items() for name in names),
     *((break_member, part, one(name)) for part, names in contract.MEMBERS.items() for name in names),
+    (break_member, "core", "language_model"),  # by its name in this family
     *((break_output, part, one(name)) for part, names in contract.OUTPUTS.items() for name in names),
     *((break_handed_on, "forward", one(name)) for name in contract.HANDED_ON),
     (break_attention, "attention", "config"),

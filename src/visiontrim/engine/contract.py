@@ -44,7 +44,7 @@ ARGUMENTS: dict[str, tuple[Name, ...]] = {
 language model's head. Of decoder layers they are relied on where a run changes what these get."""
 MEMBERS: dict[str, tuple[str, ...]] = {
     "text model": ("layers", "config", "rotary_emb"),
-    "core": ("language_model", "get_image_features"),
+    "core": ("get_image_features",),
     "model": ("model", "generate"),
     "cache": ("layers", "get_seq_length", "get_mask_sizes"),
     "cache layer": (
@@ -59,7 +59,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "lazy_initialization",
     ),
 }
-"""Attributes and methods; of a dynamic cache's layers what :class:`Trimmed` overrides or calls."""
+"""Attributes and methods; the text model itself is where the family says. Of a dynamic cache's layers what :class:`Trimmed` overrides or calls."""
 OUTPUTS: dict[str, tuple[Name, ...]] = {
     "text model": ("last_hidden_state", CACHE_NAMES),
     "get_image_features": ("pooler_output",),

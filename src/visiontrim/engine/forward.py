@@ -190,6 +190,10 @@ class Prefill(Forward):
         """What attention sees and caches of the chunk."""
         return self.alive if self.repeated is None else self.repeated.alive
 
+    def alive_in(self, layer: int) -> Alive | None:
+        """The tokens that decoder layer ``layer`` gets; None: all."""
+        return next((removal.alive for removal in reversed(self.removals) if removal.start <= layer), None)
+
     def widths(self, layers: int) -> tuple[int, ...]:
         """Tokens of every row that each of ``layers`` decoder layers processes, padding included."""
         widths = [self.length] * layers

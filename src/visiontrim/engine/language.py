@@ -270,8 +270,16 @@ class LanguageStage:
         if not prefill.removals:
             return None
         alive, labels = prefill.alive, prefill.call.labels
-        output["last_hidden_state"] = unpack(output.last_hidden_state, alive.origin, alive.valid, prefill.length)
+        output["last_hidden_state"] = _whole(prefill, output.last_hidden_state, layers)
+        if (states := output.get("hidden_states")) is not None:  # what enters layer 0, then what leaves every layer
+            output["hidden_states"] = tuple(_whole(prefill, state, number) for number, state in enumerate(states))
         if labels is not None:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
+
+
+def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:
+    """Hidden states that have ``passed`` so many decoder layers, one for every token of the uncompressed chunk."""
+    alive = prefill.alive_in(max(passed - 1, 0))
+    return hidden if alive is None else unpack(hidden, alive.origin, alive.valid, prefill.length)

@@ -5,6 +5,9 @@ It knows places in a sequence; it does not know what stands there.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -43,6 +46,19 @@ def mark_empty(features: Float[Tensor, "tokens dim"], places: Int[Tensor, " plac
 def is_empty_slot(features: Float[Tensor, "*shape dim"]) -> Bool[Tensor, "*shape"]:
     """Where :func:`to_slots` left an empty slot."""
     return (features[..., : len(_SIGNATURE)] == features.new_tensor(_SIGNATURE)).all(-1)
+
+
+def blank_slots(value: Any) -> Any:
+    """``value`` with zeros in its empty slots: features, or mappings, lists and tuples with some."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.ndim < 2 or value.shape[-1] < len(_SIGNATURE):
+            return value
+        return value.masked_fill(is_empty_slot(value)[..., None], 0.0)
+    if isinstance(value, MutableMapping):
+        for name, part in value.items():
+            value[name] = blank_slots(part)
+        return value
+    return type(value)(map(blank_slots, value)) if type(value) in (list, tuple) else value
 
 
 def gather(values: Tensor, index: Int[Tensor, "batch kept"]) -> Tensor:

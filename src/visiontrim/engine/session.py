@@ -17,9 +17,11 @@ from visiontrim.engine.encoder import EncoderStage
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.language import LanguageStage
 from visiontrim.engine.memory import Memory
+from visiontrim.engine.pack import blank_slots
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.upstream import (
+    FEATURE_FIELDS,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     Upstream,
@@ -159,8 +161,12 @@ class Session:
             return
         if call.owner is module:
             self.context.end()
-        if output is not None:  # None: the forward raised
-            check_passed(call, module)
+        if output is None:  # the forward raised
+            return
+        check_passed(call, module)
+        if call.owner is module and any(group.kept < group.total for group in call.groups):
+            for name in [name for name in output if name.startswith(FEATURE_FIELDS)]:
+                output[name] = blank_slots(output[name])
 
 
 def _narrows_cache(method: Method) -> bool:

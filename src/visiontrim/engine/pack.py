@@ -5,6 +5,7 @@ It knows places in a sequence; it does not know what stands there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -19,6 +20,12 @@ _SIGNATURE = (float("inf"), float("-inf"), float("inf"), float("-inf"))
 gives this pattern, and a genuine NaN is not taken for it."""
 
 
+@functools.cache
+def _signature(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the run
+        return torch.tensor(_SIGNATURE, dtype=dtype, device=device)
+
+
 def to_slots(
     features: Float[Tensor, "batch kept dim"], slots: Int[Tensor, "batch kept"], total: int
 ) -> Float[Tensor, "batch total dim"]:
@@ -30,7 +37,7 @@ def to_slots(
 
 def _empty(features: Float[Tensor, "*shape dim"]) -> Float[Tensor, " dim"]:
     empty = features.new_zeros(features.shape[-1])
-    empty[: len(_SIGNATURE)] = features.new_tensor(_SIGNATURE)
+    empty[: len(_SIGNATURE)] = _signature(features.dtype, features.device)
     return empty
 
 
@@ -45,7 +52,7 @@ def mark_empty(features: Float[Tensor, "tokens dim"], places: Int[Tensor, " plac
 
 def is_empty_slot(features: Float[Tensor, "*shape dim"]) -> Bool[Tensor, "*shape"]:
     """Where :func:`to_slots` left an empty slot."""
-    return (features[..., : len(_SIGNATURE)] == features.new_tensor(_SIGNATURE)).all(-1)
+    return (features[..., : len(_SIGNATURE)] == _signature(features.dtype, features.device)).all(-1)
 
 
 def blank_slots(value: Any) -> Any:
@@ -67,14 +74,15 @@ def gather(values: Tensor, index: Int[Tensor, "batch kept"]) -> Tensor:
 
 
 def pack_left(
-    keep: Bool[Tensor, "batch tokens"],
+    keep: Bool[Tensor, "batch tokens"], width: int | None = None
 ) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
     """Indices of the kept tokens in order, rows with fewer of them padded at the left (with index 0).
 
-    Also says which indices are not padding.
+    Also says which indices are not padding. ``width`` is the largest number of kept tokens in a row; without it, the
+    device is asked.
     """
     tokens = keep.shape[1]
-    width = int(keep.sum(-1).max())
+    width = int(keep.sum(-1).max()) if width is None else width
     position = torch.arange(tokens, device=keep.device).expand_as(keep)
     order = torch.where(keep, position, position - tokens).sort(dim=-1).values[:, tokens - width :]
     return order.clamp_min(0), order >= 0

@@ -23,6 +23,7 @@ from visiontrim.engine.upstream import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    StaticLayer,
     Upstream,
     given_cache,
     parameters,
@@ -195,5 +196,5 @@ def _fields(output: Any) -> Iterator[str]:
 def _lengths(cache: Cache) -> Iterator[tuple[int, int]]:
     """(layer, tokens that it holds) of the layers that hold everything since the conversation began."""
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, Trimmed) or type(layer) is DynamicLayer:
+        if (isinstance(layer, Trimmed) and not isinstance(layer, StaticLayer)) or type(layer) is DynamicLayer:
             yield index, physical_length(cache, index)

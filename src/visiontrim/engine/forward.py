@@ -202,6 +202,8 @@ class Prefill(Forward):
     whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
     """For every group the places, in the uncompressed chunk, of all of its tokens."""
     removals: list[Removal] = field(default_factory=list)
+    reserved: int = 0
+    """Tokens for which a static cache makes no room."""
     repeated: Repeated | None = None
     """How attention sees merged tokens; None: as they are."""
     heard: Heard = field(default_factory=Heard)

@@ -20,6 +20,9 @@ from visiontrim.engine.cache import (
     check_cache,
     check_window,
     physical_length,
+    plain_step,
+    reserve,
+    static,
     trimmed_layer,
 )
 from visiontrim.engine.call import Call
@@ -64,6 +67,11 @@ class LanguageStage:
         self._unmerging = Unmerging(family, self._upstream, steps, context) if positions == "unmerged" else None
         self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
         """The decoder layer from which on only what the last stage left stays cached."""
+        alone = not steps and decoding is None and not family.bidirectional
+        self.quiet = alone and positions in ("keep", "compact")
+        """Whether a plain step of decoding (:func:`visiontrim.engine.cache.plain_step`) needs nothing of the run."""
+        self._even = alone and positions == "keep"
+        """Whether all layers are left the same tokens, at their own positions."""
         self._context = context
         self._hearing = Hearing(family, steps, decoding, context)
         self._decoding = DecodingStage(family, decoding, steps, context) if decoding is not None else None
@@ -110,6 +118,8 @@ class LanguageStage:
             raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
 
     def _enter(self, module, args, kwargs):
+        if self.quiet and plain_step(kwargs):
+            return None
         call, cache = self._context.call, given_cache(kwargs)
         if kwargs.get("inputs_embeds") is None:  # the text model, called by itself
             return None
@@ -142,7 +152,7 @@ class LanguageStage:
         if call is not None and cache is not None and call.checked is cache:
             return
         self._check_stages(cache)
-        check_cache(cache)
+        check_cache(cache, self._even)
         if call is not None:
             call.checked = cache
 
@@ -163,7 +173,9 @@ class LanguageStage:
         """The state of a pass, once it is clear that it can work."""
         embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if cache is not None and static(cache):
+            mask = _padding(mask, past - getattr(cache.layers[0], "removed", 0), length)
         if self._family.bidirectional and self._context.call is not None:
             mask = self._context.call.mask
         self._check_plain(mask)
@@ -208,6 +220,8 @@ class LanguageStage:
         image = self._family.placeholders(prefill.call.forward_ids)
         index = self._segments.narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
+        if static(prefill.cache):
+            self._reserve(prefill)
         if self._unmerging is not None:
             prefill.repeated = self._unmerging.repeated(prefill, embeds)
         kwargs["position_ids"] = self._segments.positions(prefill, 0)
@@ -219,6 +233,18 @@ class LanguageStage:
             if mask is None and prefill.cache is None:  # gaps in position_ids would look like packed sequences
                 mask = prefill.alive.valid
             kwargs["attention_mask"] = mask
+
+    def _reserve(self, prefill: Prefill) -> None:
+        """A static cache gets room for what is left of the chunk. Its steps of decoding know of no padding."""
+        assert prefill.cache is not None
+        if prefill.mask is not None or prefill.alive.padded:
+            raise TrimError(
+                f"rows of {', '.join(map(str, prefill.alive.lengths or ()))} tokens are left of this batch, but a "
+                "static cache that lacks tokens has no place for padding: use cache_implementation='dynamic', or rows "
+                "of equal length"
+            )
+        prefill.reserved = prefill.length - prefill.alive.width
+        reserve(prefill.cache, prefill.reserved)
 
     def _add_features(self, add: Callable, hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
         """DeepStack: ``features`` are added to the tokens at ``places`` [batch, length], now to those that are left."""
@@ -270,9 +296,15 @@ class LanguageStage:
         return hidden
 
     def _leave(self, module, args, kwargs, output):
+        if self.quiet and plain_step(kwargs):
+            return None
         prefill: Forward | None = self._context.forward
         self._context.forward = None
-        if not isinstance(prefill, Prefill) or output is None:  # None: the forward raised
+        if not isinstance(prefill, Prefill):
+            return None
+        if output is None:  # the forward raised
+            if prefill.cache is not None and prefill.reserved:
+                reserve(prefill.cache, -prefill.reserved)
             return None
         layers = len(self._model.layers)
         note_removals(prefill, layers, self._narrow_from, self._compact)
@@ -291,6 +323,17 @@ class LanguageStage:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
+
+
+def _padding(mask: Any, past: int, length: int) -> Tensor | None:
+    """The padding mask [batch, past + length] in the 4-D mask that generate() makes for a static cache; None: none."""
+    if isinstance(mask, Mapping):
+        mask = next((kind for kind in mask.values() if isinstance(kind, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.ndim == 2:
+        return mask
+    last = mask[:, 0, -1, : past + length]  # the last token sees all that is no padding
+    seen = last if last.dtype == torch.bool else last == 0
+    return None if bool(seen.all()) else seen
 
 
 def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:

@@ -70,14 +70,14 @@ class Session:
         check_arguments(family, upstream, layers=bool(sites.language) or decoding is not None or positions != "keep")
         _check_layers(family, upstream, sites.language, decoding)
         memory = Memory(remember, once_each=not sites.encoder) if remember else None
+        narrow = _narrows_cache(method)
+        language = LanguageStage(family, sites.language, decoding, positions, narrow, upstream, context)
+        self._quiet = language.quiet
         self._stages = (
             EncoderStage(family, sites.encoder, per, sites.apart, deviation, context),
             VisionStage(family, sites.vision, per, sites.apart, memory, sites.encoder, questions, context),
-            LanguageStage(family, sites.language, decoding, positions, _narrows_cache(method), upstream, context),
+            language,
         )
-        plain = positions in ("keep", "compact") and not sites.language and decoding is None
-        self._quiet = plain and not family.bidirectional
-        """Whether a plain step of decoding needs nothing from the engine."""
         self._removers: list = []
 
     def attach(self) -> None:
@@ -112,7 +112,7 @@ class Session:
                 "vision tokens shortens the prefill already)"
             )
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         end = ids.shape[1] if mask is None else mask.shape[1]
         if past and end == ids.shape[1]:  # the whole conversation: generate() goes on after what is cached
             ids = ids[:, past:]

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import __version__, cache_utils, masking_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "Upstream"]
+__all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "Upstream"]
 
 RELEASE = __version__
 RELEASES = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")

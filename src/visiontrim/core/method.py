@@ -96,6 +96,10 @@ class Method(ABC):
     """One line for tables."""
     paper: ClassVar[str]
     """Where it is published, or "control"."""
+    for_videos: ClassVar[bool] = False
+    """Whether it was published for videos: by its rule an image is a video of one frame."""
+    also_at: ClassVar[tuple[type, ...]] = ()
+    """Kinds of place (:data:`Site`, or :class:`Decoding`) where options can have it act, beside those of its steps."""
     text_aware: ClassVar[bool] = False
     """Whether the question can change what is kept."""
     merges: ClassVar[bool] = False

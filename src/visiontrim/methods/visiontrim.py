@@ -105,6 +105,7 @@ class VisionTrim(Method):
     name: ClassVar[str] = "visiontrim"
     summary: ClassVar[str] = "dominant tokens by [CLS] and neighbours, complement tokens by the question"
     paper: ClassVar[str] = "arXiv 2601.22674, ICLR 2026"
+    also_at: ClassVar[tuple[type, ...]] = (DecoderLayer,)
     text_aware: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 

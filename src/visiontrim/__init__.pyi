@@ -36,6 +36,9 @@ from visiontrim.methods import (
     PPE as PPE,
 )
 from visiontrim.methods import (
+    ApET as ApET,
+)
+from visiontrim.methods import (
     AvgPool as AvgPool,
 )
 from visiontrim.methods import (
@@ -88,6 +91,9 @@ from visiontrim.methods import (
 )
 from visiontrim.methods import (
     NoTrim as NoTrim,
+)
+from visiontrim.methods import (
+    Nuwa as Nuwa,
 )
 from visiontrim.methods import (
     ParVTS as ParVTS,

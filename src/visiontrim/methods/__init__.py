@@ -1,6 +1,7 @@
 """The methods, one file each. Importing this package registers them under their names."""
 
 from visiontrim.methods.adsc import ADSC
+from visiontrim.methods.apet import ApET
 from visiontrim.methods.avgpool import AvgPool
 from visiontrim.methods.cdpruner import CDPruner
 from visiontrim.methods.controls import Fade, NoTrim, Random, Uniform
@@ -20,6 +21,7 @@ from visiontrim.methods.holitom import HoliTom, HoliTomInner
 from visiontrim.methods.luvc import LUVC
 from visiontrim.methods.mmtok import MMTok
 from visiontrim.methods.mustdrop import MustDrop
+from visiontrim.methods.nuwa import Nuwa
 from visiontrim.methods.parvts import ParVTS
 from visiontrim.methods.pixelprune import PixelPrune
 from visiontrim.methods.ppe import PPE
@@ -43,6 +45,7 @@ __all__ = [
     "EVS",
     "LUVC",
     "PPE",
+    "ApET",
     "AvgPool",
     "CDPruner",
     "CrossGET",
@@ -61,6 +64,7 @@ __all__ = [
     "MMTok",
     "MustDrop",
     "NoTrim",
+    "Nuwa",
     "ParVTS",
     "PixelPrune",
     "PruMerge",

@@ -33,7 +33,16 @@ from visiontrim.methods import (
     LUVC as LUVC,
 )
 from visiontrim.methods import (
+    MMR as MMR,
+)
+from visiontrim.methods import (
     PPE as PPE,
+)
+from visiontrim.methods import (
+    SCOPE as SCOPE,
+)
+from visiontrim.methods import (
+    VCAST as VCAST,
 )
 from visiontrim.methods import (
     ApET as ApET,
@@ -82,6 +91,12 @@ from visiontrim.methods import (
 )
 from visiontrim.methods import (
     HoliTomInner as HoliTomInner,
+)
+from visiontrim.methods import (
+    HoloV as HoloV,
+)
+from visiontrim.methods import (
+    LiteLVLM as LiteLVLM,
 )
 from visiontrim.methods import (
     MMTok as MMTok,
@@ -148,6 +163,9 @@ from visiontrim.methods import (
 )
 from visiontrim.methods import (
     VScan as VScan,
+)
+from visiontrim.methods import (
+    ZOOPrune as ZOOPrune,
 )
 from visiontrim.models import TextTower as TextTower
 from visiontrim.report import Report as Report

@@ -18,7 +18,10 @@ from visiontrim.methods.ficoco import FiCoCoL
 from visiontrim.methods.ficocov import FiCoCoV
 from visiontrim.methods.hiprune import HiPrune
 from visiontrim.methods.holitom import HoliTom, HoliTomInner
+from visiontrim.methods.holov import HoloV
+from visiontrim.methods.litelvlm import LiteLVLM
 from visiontrim.methods.luvc import LUVC
+from visiontrim.methods.mmr import MMR
 from visiontrim.methods.mmtok import MMTok
 from visiontrim.methods.mustdrop import MustDrop
 from visiontrim.methods.nuwa import Nuwa
@@ -28,23 +31,29 @@ from visiontrim.methods.ppe import PPE
 from visiontrim.methods.prumerge import PruMerge, PruMergePlus
 from visiontrim.methods.prunesid import PruneSID
 from visiontrim.methods.pyramiddrop import PyramidDrop
+from visiontrim.methods.scope import SCOPE
 from visiontrim.methods.sparsevlm import SparseVLM
 from visiontrim.methods.stgridpool import STGridPool
 from visiontrim.methods.tome import ToMe
 from visiontrim.methods.turbo import Turbo
 from visiontrim.methods.v2drop import V2Drop
+from visiontrim.methods.vcast import VCAST
 from visiontrim.methods.vidcom2 import VidCom2
 from visiontrim.methods.visiontrim import VisionTrim
 from visiontrim.methods.visionzip import VisionZip
 from visiontrim.methods.vispruner import VisPruner
 from visiontrim.methods.vscan import VScan
+from visiontrim.methods.zooprune import ZOOPrune
 
 __all__ = [
     "ADSC",
     "DART",
     "EVS",
     "LUVC",
+    "MMR",
     "PPE",
+    "SCOPE",
+    "VCAST",
     "ApET",
     "AvgPool",
     "CDPruner",
@@ -61,6 +70,8 @@ __all__ = [
     "HiPrune",
     "HoliTom",
     "HoliTomInner",
+    "HoloV",
+    "LiteLVLM",
     "MMTok",
     "MustDrop",
     "NoTrim",
@@ -83,4 +94,5 @@ __all__ = [
     "VisPruner",
     "VisionTrim",
     "VisionZip",
+    "ZOOPrune",
 ]

@@ -34,6 +34,10 @@ def seen_by(step: Step, tokens: int = 576, entered: int = 576, num_layers: int =
         "decoder.keys": Sides(
             random(images, kv_heads, tokens, head_dim, seed=7), random(images, kv_heads, words, head_dim)
         ),
+        "decoder.values": Sides(
+            random(images, kv_heads, tokens, head_dim, seed=8), random(images, kv_heads, words, head_dim, seed=9)
+        ),
+        "decoder.mean_rotary": random(images, tokens, 2, seed=10),
         "decoder.rotary": Sides(random(images, tokens, 2 * head_dim) + 1, random(images, words, 2 * head_dim) + 1),
     }
     side = round(entered**0.5)

@@ -24,6 +24,9 @@ from visiontrim.methods import (
     ADSC as ADSC,
 )
 from visiontrim.methods import (
+    AOT as AOT,
+)
+from visiontrim.methods import (
     DART as DART,
 )
 from visiontrim.methods import (
@@ -84,6 +87,9 @@ from visiontrim.methods import (
     FiCoCoV as FiCoCoV,
 )
 from visiontrim.methods import (
+    FlashVID as FlashVID,
+)
+from visiontrim.methods import (
     HiPrune as HiPrune,
 )
 from visiontrim.methods import (
@@ -94,6 +100,9 @@ from visiontrim.methods import (
 )
 from visiontrim.methods import (
     HoloV as HoloV,
+)
+from visiontrim.methods import (
+    IVCPrune as IVCPrune,
 )
 from visiontrim.methods import (
     LiteLVLM as LiteLVLM,
@@ -160,6 +169,9 @@ from visiontrim.methods import (
 )
 from visiontrim.methods import (
     VisPruner as VisPruner,
+)
+from visiontrim.methods import (
+    VLMPruner as VLMPruner,
 )
 from visiontrim.methods import (
     VScan as VScan,

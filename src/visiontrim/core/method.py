@@ -104,9 +104,9 @@ class Method(ABC):
     """Whether the question can change what is kept."""
     merges: ClassVar[bool] = False
     """Whether kept tokens carry something of the dropped ones."""
-    narrows_cache: ClassVar[bool] = False
+    narrows_cache: ClassVar[bool | Literal["all"]] = False
     """Whether, once the prefill is over, every decoder layer from the first stage on that removes something caches only
-    what the last one left."""
+    what the last one left; "all": every decoder layer."""
 
     @property
     def positions(self) -> Positions:

@@ -219,6 +219,11 @@ class DecoderSignals(Signals, group="decoder"):
     logit of the attention."""
     keys: Annotated[Sides, "batch key_heads tokens head_dim", "batch key_heads text head_dim"]
     """Keys of that layer, each head shared by query_heads / key_heads query heads."""
+    values: Annotated[Sides, "batch key_heads tokens head_dim", "batch key_heads text head_dim"]
+    """Values of that layer: what its attention averages. They know no positions."""
+    mean_rotary: Float[Tensor, "batch tokens 2"]
+    """Mean over its dimensions, and over the axes of mRoPE, of the cosines, then of the sines, of the rotary position
+    encoding, float32."""
     rotary: Annotated[Sides, "batch tokens rotary_dim", "batch text rotary_dim"]
     """Cosines, then sines, of the rotary position encoding."""
 

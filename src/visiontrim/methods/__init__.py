@@ -1,6 +1,7 @@
 """The methods, one file each. Importing this package registers them under their names."""
 
 from visiontrim.methods.adsc import ADSC
+from visiontrim.methods.aot import AOT
 from visiontrim.methods.apet import ApET
 from visiontrim.methods.avgpool import AvgPool
 from visiontrim.methods.cdpruner import CDPruner
@@ -16,9 +17,11 @@ from visiontrim.methods.fastv import FastV
 from visiontrim.methods.fastvid import FastVID
 from visiontrim.methods.ficoco import FiCoCoL
 from visiontrim.methods.ficocov import FiCoCoV
+from visiontrim.methods.flashvid import FlashVID
 from visiontrim.methods.hiprune import HiPrune
 from visiontrim.methods.holitom import HoliTom, HoliTomInner
 from visiontrim.methods.holov import HoloV
+from visiontrim.methods.ivcprune import IVCPrune
 from visiontrim.methods.litelvlm import LiteLVLM
 from visiontrim.methods.luvc import LUVC
 from visiontrim.methods.mmr import MMR
@@ -42,11 +45,13 @@ from visiontrim.methods.vidcom2 import VidCom2
 from visiontrim.methods.visiontrim import VisionTrim
 from visiontrim.methods.visionzip import VisionZip
 from visiontrim.methods.vispruner import VisPruner
+from visiontrim.methods.vlmpruner import VLMPruner
 from visiontrim.methods.vscan import VScan
 from visiontrim.methods.zooprune import ZOOPrune
 
 __all__ = [
     "ADSC",
+    "AOT",
     "DART",
     "EVS",
     "LUVC",
@@ -67,10 +72,12 @@ __all__ = [
     "FasterVLM",
     "FiCoCoL",
     "FiCoCoV",
+    "FlashVID",
     "HiPrune",
     "HoliTom",
     "HoliTomInner",
     "HoloV",
+    "IVCPrune",
     "LiteLVLM",
     "MMTok",
     "MustDrop",
@@ -89,6 +96,7 @@ __all__ = [
     "Turbo",
     "Uniform",
     "V2Drop",
+    "VLMPruner",
     "VScan",
     "VidCom2",
     "VisPruner",

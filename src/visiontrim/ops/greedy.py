@@ -34,9 +34,9 @@ def picks_by_worth(
     unit = F.normalize(features.float(), dim=-1)
     taken = torch.zeros(unit.shape[:2], dtype=torch.bool, device=unit.device)
     nearest = unit.new_full(unit.shape[:2], -torch.inf)
-    picks, left, value = [], count, first
+    picks, left, value = [taken[:, :0].long()], count, first
     while left:
-        size = min(left, at_once if picks else 1)
+        size = min(left, at_once if len(picks) > 1 else 1)
         value = value.masked_fill(taken, -torch.inf)
         pick = value.sort(dim=1, descending=True, stable=True).indices[:, :size]
         taken = taken.scatter(1, pick, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,10 @@ def seen_by(step: Step, tokens: int = 576, entered: int = 576, num_layers: int =
 
 def left_by(method: Method, entered: int = 576, num_layers: int = 32) -> list[int]:
     """Tokens of an image that each decoder layer processes."""
-    counts, before = [entered] * num_layers, entered
+    counts, before, noted = [entered] * num_layers, entered, None
     for step in method.steps_for(Layers(encoder=0, decoder=num_layers)):
-        before = step.select(seen_by(step, before, entered, num_layers)).index.shape[1]
+        kept = step.select(dataclasses.replace(seen_by(step, before, entered, num_layers), noted=noted))
+        before, noted = kept.index.shape[1], kept.noted
         counts[step.site.index :] = [before] * (num_layers - step.site.index)
     return counts
 

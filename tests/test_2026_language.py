@@ -17,7 +17,9 @@ from peers import ranked
 from releases import CACHE, cache_of
 from tiny import close, generate, llava, prompts, sample
 from views import changed
+from visiontrim.core.budget import spread
 from visiontrim.core.signals import Sides
+from visiontrim.ops.information import mutual_information
 
 
 def first(method):
@@ -134,7 +136,7 @@ def slow_ivc(view, b, count, method):
     f = (of_text + sum(alike(values[:, i]) for i in seeds)).tolist()
     waves = view.decoder.mean_rotary[b]
     places = {i for axis in (0, 1) for i in ranked(waves[:, axis])[: round(method.coordinates * n)]}
-    order = sorted(range(n), key=lambda i: (i not in seeds, i not in places, -f[i], i))
+    order = sorted(range(n), key=lambda i: (0 if i in seeds else 1 if i in places else 2, -f[i], i))
     return sorted(order[:count]), seeds, places
 
 
@@ -252,3 +254,166 @@ def test_values_and_waves_are_those_of_the_layer(attention):
             after = after[ids[after] != tiny.IMAGE]
             close(view.decoder.values.text[number][:, view.text.question.mask[number]], values[row][:, after])
             number += 1
+
+
+# ------------------------------------------------------------------------------------------------ TransPrune
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("noted", [True, False])
+def test_transprune(attention, noted):
+    method = vt.TransPrune(keep=(7, 3, 1), attention=attention)
+    step = first(method)
+    view = seen_by(step, 20, 20, images=2)
+    past = torch.rand(2, 20, generator=torch.Generator().manual_seed(5)) if noted else None
+    mask = view.text.question.mask.clone()
+    mask[1, :3] = False
+    question = dataclasses.replace(view.text.question, mask=mask)
+    signals = {"decoder.previous": view.decoder.previous - 0.4}
+    signals |= {"text.question": question} if attention else {}
+    view = changed(view, signals, noted=past)
+    kept = step.select(view)
+    for b in range(2):
+        u, y = view.decoder.previous[b].double(), view.features[b].double()
+        turn = [math.exp(1 - float(u[i] @ y[i] / u[i].norm() / y[i].norm())) for i in range(20)]
+        ttv = [float(y[i].norm() / u[i].norm()) * turn[i] / sum(turn) for i in range(20)]
+        ttv = [w + (float(past[b, i]) if noted else 0.0) for i, w in enumerate(ttv)]
+        score = [w / sum(ttv) for w in ttv]
+        if attention:
+            words = view.decoder.text_attention[b].double()[:, mask[b]].mean(0).sum(0)
+            score = [s + float(w / words.sum()) for s, w in zip(score, words, strict=True)]
+        index = sorted(ranked(score)[:7])
+        assert kept.index[b].tolist() == index
+        torch.testing.assert_close(kept.noted[b].double(), torch.tensor([ttv[i] for i in index]).double())
+
+
+def test_transprune_by_hand():
+    """A layer that only scales all by the same number tells nothing: ties go by index; a turn or a growth tells."""
+    step = first(vt.TransPrune(keep=(2, 2, 1), attention=False))
+    view = seen_by(step, 5, 5)
+    before = torch.eye(5)[None, :, :5]
+    same = changed(view, {"decoder.previous": before}, features=3 * before)
+    assert step.select(same).index.tolist() == [[0, 1]]
+    torch.testing.assert_close(step.select(same).noted, torch.full((1, 2), 3 / 5))
+    after = before.clone()
+    after[0, 3] *= 2  # grows
+    after[0, 4] = -after[0, 4]  # turns round
+    turned = changed(view, {"decoder.previous": before}, features=after)
+    assert step.select(turned).index.tolist() == [[3, 4]]
+    assert left_by(vt.TransPrune()) == left_by(vt.PyramidDrop())
+
+
+@torch.no_grad()
+def test_what_is_noted_goes_on_with_its_tokens():
+    """Through two stages of a padded batch: the second adds to what the first noted of the tokens that are left."""
+    model, inputs = llava(), prompts((3, "image", 5), (1, "image", 2, "image", 7), (6,))
+    seen = []
+
+    class Watched(vt.TransPrune):
+        def choose(self, view, count):
+            seen.append((view, super().choose(view, count)))
+            return seen[-1][1]
+
+    with vt.trim(model, Watched(keep=(9, 4), layers=(1, 3))):
+        model(**inputs)
+    (before, kept), (after, _) = seen
+    assert before.noted is None
+    assert torch.equal(after.noted, kept.noted)
+    assert after.noted.shape == (3, 9)
+
+
+# ------------------------------------------------------------------------------------------------ AutoPrune
+
+
+def slow_bits(attention, mask):
+    attention, total = attention.double(), 0.0
+    words = [t for t in range(attention.shape[1]) if mask[t]]
+    for head in attention:
+        for v in range(head.shape[1]):
+            p = sum(float(head[t, v]) for t in words) / len(words)
+            total += sum(float(head[t, v]) / len(words) * math.log2(float(head[t, v]) / p) for t in words)
+    return total
+
+
+def test_mutual_information():
+    attention = torch.rand(2, 3, 5, 8, generator=torch.Generator().manual_seed(1)) / 8
+    mask = torch.tensor([[True] * 5, [False, True, True, False, True]])
+    ours = mutual_information(attention, mask)
+    for b in range(2):
+        assert float(ours[b]) == pytest.approx(slow_bits(attention[b], mask[b]), rel=1e-4)
+    equal = torch.rand(1, 3, 1, 8).expand(1, 3, 5, 8)
+    assert float(mutual_information(equal, mask[:1])) == pytest.approx(0.0, abs=1e-5)
+    # two words, each at a token of its own: one bit a head
+    apart = torch.eye(2)[None, None].expand(1, 3, 2, 2)
+    assert float(mutual_information(apart, torch.ones(1, 2, dtype=torch.bool))) == pytest.approx(3.0)
+
+
+def test_the_curve_of_autoprune():
+    """By hand at two informations; the mean is met, shares never rise, more bits keep fewer early and more late."""
+    method = vt.AutoPrune(keep=128)
+    assert method.shares(2.0, (1, 9), 32) == (0.5, 0.5)
+    assert method.shares(0.0, (1, 16), 32) == pytest.approx(
+        (1 / (1 + math.exp(0.4 * (1 - 15.3))), 1 / (1 + math.exp(0.4 * 0.7)))
+    )
+    assert method.shares(0.0, (2, 32), 64) == method.shares(0.0, (1, 16), 32)
+    left = {}
+    for bits in (0.0, 0.5, 1.0, 2.0):
+        share = method.shares(bits, (1, 3, 7, 16), 32)
+        assert sorted(share, reverse=True) == list(share)
+        left[bits] = spread(128, 576, (1, 3, 7, 16), 32, share)
+        assert (
+            576 + 2 * left[bits][0] + 4 * left[bits][1] + 9 * left[bits][2] + 16 * left[bits][3]
+        ) / 32 == pytest.approx(128, abs=0.5)
+    assert left[0.0][0] > left[0.5][0] > left[1.0][0] > left[2.0][0]
+    assert left[0.0][-1] < left[0.5][-1] < left[1.0][-1] < left[2.0][-1]
+    assert len(set(left[2.0])) <= 2  # flat, but for what rounding leaves
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranking", [None, "pyramiddrop:layers=[1,2,4]", "v2drop:keep=0.5,layers=[1,3]", "dart"])
+def test_autoprune_gives_any_cascade_its_counts(ranking):
+    """Counts of each picture are those of its own information; a padded batch equals its samples."""
+    model, inputs = llava(), prompts((3, "image", 5), (1, "image", 2, "image", 7), (6,))
+    method = vt.AutoPrune(keep=9, ranking=ranking, slope=4.0)  # attention of tiny models tells little
+    with vt.trim(model, method) as run:
+        logits = model(**inputs).logits[:, -1]
+        images = run.trace.images
+        for row in (0, 1):
+            close(model(**sample(inputs, row)).logits[0, -1], logits[row], 1e-4)
+    assert all(abs(sum(image.per_layer) / len(image.per_layer) - 9) <= 0.5 for image in images)
+    steps = method.steps_for(vt.Layers(encoder=4, decoder=len(images[0].per_layer)))
+    places = tuple(step.site.index for step in steps)
+    for image in images:
+        counts = [image.per_layer[place] for place in places]
+        options = {
+            spread(9, 16, places, len(image.per_layer), method.shares(bits / 1000, places, len(image.per_layer)))
+            for bits in range(0, 101)
+        }
+        assert tuple(counts) in options
+
+
+def test_autoprune_asks_for_what_it_needs():
+    steps = vt.AutoPrune(ranking="fastv").steps()
+    assert [step.needs for step in steps] == [{"decoder.last_attention", "decoder.text_attention", "text.question"}]
+    assert all(step.own_counts for step in steps)
+    later = vt.AutoPrune(ranking="v2drop").steps()[1]
+    assert later.needs == {"decoder.previous"}
+    with pytest.raises(vt.TrimError, match="does not know what its first stage measured"):
+        later.select(seen_by(later, 20, 20))
+    assert vt.AutoPrune(ranking="pyramiddrop").positions == "compact"
+    for options, message in (
+        ({"ranking": "divprune"}, "has no stages between decoder layers alone"),
+        ({"ranking": 3}, "write the method down"),
+        ({"keep": (1, 2, 3, 4)}, "is not a number"),
+        ({"slope": -1.0}, "slope=-1.0"),
+    ):
+        with pytest.raises(vt.TrimError, match=message):
+            vt.AutoPrune(**options)
+    method = vt.AutoPrune(ranking="pyramiddrop:layers=[1,2,4]", keep=0.5)
+    assert vt.load_method(method.to_dict()) == method
+    step = first(vt.AutoPrune(keep=100))
+    view = seen_by(step, 576, images=2)
+    sharp = view.decoder.text_attention.clone()
+    sharp[0], sharp[1] = 1 / 576, torch.eye(576)[:7]
+    with pytest.raises(vt.TrimError, match="2 images share a batch"):
+        step.select(changed(view, {"decoder.text_attention": sharp}))

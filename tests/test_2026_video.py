@@ -16,6 +16,7 @@ from views import changed
 from visiontrim.core.method import DecoderLayer
 from visiontrim.ops.recycle import density_peaks
 from visiontrim.ops.select import even_shares
+from visiontrim.ops.transport import sinkhorn
 from visiontrim.ops.trees import temporal_trees
 
 
@@ -194,11 +195,12 @@ def test_flashvid_of_a_still_video_and_of_a_picture():
     assert len(set(vision(vt.FlashVID(keep=1, stages="vision"), view).index[0].tolist())) == 1
 
 
-@pytest.mark.parametrize("method", [vt.FlashVID(keep=20, stages="vision")], ids=str)
+@pytest.mark.parametrize("method", [vt.FlashVID(keep=20, stages="vision"), vt.AOT(keep=20, shallow=1)], ids=str)
 def test_promises_of_those_that_merge(method):
     view = make_view(2, grid=(5, 3, 3))
     kept = vision(method, view)
-    assert torch.equal(kept.assignment.gather(1, kept.index), torch.arange(20).expand(2, -1))
+    if kept.assignment is not None:
+        assert torch.equal(kept.assignment.gather(1, kept.index), torch.arange(20).expand(2, -1))
     for b in range(2):
         alone = vision(method, rows(view, [b]))
         assert torch.equal(alone.index, kept.index[[b]])
@@ -206,6 +208,7 @@ def test_promises_of_those_that_merge(method):
     half = changed(view, {"encoder.projected": view.encoder.projected.bfloat16()})
     assert vision(method, half).projected.dtype == torch.bfloat16
     flat = {"encoder.projected": torch.ones(2, 45, 9), "encoder.cls_attention": torch.full((2, 45), 0.02)}
+    flat[("encoder.cls_attention", 1)] = flat["encoder.cls_attention"]
     even = vision(method, changed(view, flat))
     assert all(len(set(row)) == 20 for row in even.index.tolist())
     torch.testing.assert_close(even.projected, torch.ones(2, 20, 9))
@@ -213,3 +216,109 @@ def test_promises_of_those_that_merge(method):
     vision(method, changed(view, {"encoder.projected": given})).projected.sum().backward()
     reached = (given.grad.abs().sum(-1) > 0).sum(1)
     assert (reached > 20).all(), "also what was merged"
+
+
+# ------------------------------------------------------------------------------------------------ AOT
+
+
+def slow_plan(cost, eps=0.1, iterations=100):
+    kernel = (-cost.double() / eps).exp()
+    rows_, columns = cost.shape
+    down, across = torch.ones(rows_).double(), torch.ones(columns).double()
+    for _ in range(iterations):
+        down = 1 / rows_ / (kernel @ across)
+        across = 1 / columns / (kernel.T @ down)
+    return down[:, None] * kernel * across
+
+
+def test_transport():
+    cost = torch.rand(2, 7, 4, generator=torch.Generator().manual_seed(0))
+    plan = sinkhorn(cost)
+    for b in range(2):
+        torch.testing.assert_close(plan[b].double(), slow_plan(cost[b]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(plan.sum(1), torch.full((2, 4), 1 / 4))
+    torch.testing.assert_close(plan.sum(2), torch.full((2, 7), 1 / 7), rtol=1e-3, atol=1e-4)
+    # a permutation of cheap pairs, at a temperature at which exp(-cost / eps) is nothing
+    cheap = 1 - torch.eye(5)[[3, 1, 4, 0, 2]]
+    assert torch.equal((sinkhorn(cheap[None] * 5, eps=0.01) * 5).round()[0], 1 - cheap)
+
+
+def slow_aot(view, b, count, method):
+    frames, rows_, columns = view.grid
+    places = rows_ * columns
+    x = view.encoder.projected[b].double().view(frames, places, -1)
+    deep = view.encoder.cls_attention[b].view(frames, places).tolist()
+    local = view.encoder["cls_attention", method.shallow][b].view(frames, places).tolist()
+    quota, outputs, begin = even_shares(count, frames), {}, 0
+    for length in even_shares(frames, max(1, round(frames / method.length))):
+        wanted = sum(quota[begin : begin + length])
+        size = min(places, math.ceil(wanted / (1 + method.residual * (length - 1))))
+        anchors, values = [], []
+        for f in range(begin, begin + length):
+            first = ranked(local[f])[: size // 2]  # one window: the frame is smaller than 9 x 9
+            rest = [p for p in ranked(deep[f]) if p not in first]
+            at = sorted(first + rest[: size - len(first)])
+            others = [p for p in range(places) if p not in at]
+            unit = F.normalize(x[f], dim=-1)
+
+            def apart(p, q):
+                return math.hypot(
+                    (p // columns - q // columns) / (rows_ - 1), (p % columns - q % columns) / (columns - 1)
+                )
+
+            if others:
+                cost = torch.tensor([[1 - float(unit[p] @ unit[a]) + 0.5 * apart(p, a) for a in at] for p in others])
+                plan = slow_plan(cost)
+                moved = (x[f, at] + plan.T @ x[f, others]) / (1 + plan.sum(0)[:, None])
+                groups = {a: [a] for a in at}
+                for p in others:
+                    groups[max(at, key=lambda a: float(unit[p] @ unit[a]))].append(p)
+                mean = torch.stack([x[f, group].mean(0) for group in groups.values()])
+                values.append(0.9 * moved + 0.1 * mean)
+            else:
+                values.append(x[f, at])
+            anchors.append([f * places + a for a in at])
+        total, load = values[0].clone(), torch.zeros(size).double()
+        for dt, share in enumerate(even_shares(wanted - size, max(1, length - 1)), start=1):
+            if dt == length:
+                break
+            cost = 1 - F.normalize(values[dt], dim=-1) @ F.normalize(values[0], dim=-1).T
+            plan = slow_plan((cost - cost.min()) * (1 - math.exp(-(dt**2) / 4.5)))
+            plan = plan / plan.sum(1, keepdim=True)
+            alone = ranked(-plan.max(1).values)[:share]
+            for r in range(size):
+                if r in alone:
+                    outputs[anchors[dt][r]] = values[dt][r]
+                else:
+                    total += plan[r][:, None] * values[dt][r]
+                    load += plan[r]
+        outputs |= dict(zip(anchors[0], total / (1 + load[:, None]), strict=True))
+        begin += length
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(30, {"length": 3}), (31, {"length": 6, "residual": 0.1}), (40, {"length": 1}), (66, {"length": 3})],
+)
+def test_aot(count, options):
+    view = make_view(4, grid=(6, 3, 4), dim=6)
+    method = vt.AOT(keep=count, shallow=1, **options)
+    kept = vision(method, view)
+    for b in range(2):
+        outputs = slow_aot(view, b, count, method)
+        assert kept.index[b].tolist() == sorted(outputs)
+        expected = torch.stack([outputs[i] for i in sorted(outputs)])
+        torch.testing.assert_close(kept.projected[b].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_aot_of_a_uniform_video_and_of_a_picture():
+    flat = {"encoder.projected": torch.ones(2, 45, 9)}
+    kept = vision(vt.AOT(keep=20, shallow=1), changed(make_view(grid=(5, 3, 3)), flat))
+    torch.testing.assert_close(kept.projected, torch.ones(2, 20, 9))
+    assert vision(vt.AOT(keep=9, shallow=1), make_view()).index.shape == (2, 9)
+    for few in (1, 2, 3):
+        assert vision(vt.AOT(keep=few, shallow=1, length=1), make_view(grid=(5, 3, 3))).index.shape == (2, few)
+    for options, message in (({"residual": 2.0}, "residual=2.0 is no share"), ({"length": 0}, "length=0")):
+        with pytest.raises(vt.TrimError, match=message):
+            vt.AOT(**options)

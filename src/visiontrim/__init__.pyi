@@ -51,6 +51,9 @@ from visiontrim.methods import (
     ApET as ApET,
 )
 from visiontrim.methods import (
+    AutoPrune as AutoPrune,
+)
+from visiontrim.methods import (
     AvgPool as AvgPool,
 )
 from visiontrim.methods import (
@@ -148,6 +151,9 @@ from visiontrim.methods import (
 )
 from visiontrim.methods import (
     ToMe as ToMe,
+)
+from visiontrim.methods import (
+    TransPrune as TransPrune,
 )
 from visiontrim.methods import (
     Turbo as Turbo,

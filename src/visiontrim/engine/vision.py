@@ -253,6 +253,7 @@ class VisionStage:
             whole=group.part.whole,
             before=group.part.before,
             marked=group.now.marked,
+            noted=group.now.noted,
             encoder=EncoderSignals(seen),
             text=self._text(call, encoding, group, features, at),
         )

@@ -3,6 +3,7 @@
 from visiontrim.methods.adsc import ADSC
 from visiontrim.methods.aot import AOT
 from visiontrim.methods.apet import ApET
+from visiontrim.methods.autoprune import AutoPrune
 from visiontrim.methods.avgpool import AvgPool
 from visiontrim.methods.cdpruner import CDPruner
 from visiontrim.methods.controls import Fade, NoTrim, Random, Uniform
@@ -38,6 +39,7 @@ from visiontrim.methods.scope import SCOPE
 from visiontrim.methods.sparsevlm import SparseVLM
 from visiontrim.methods.stgridpool import STGridPool
 from visiontrim.methods.tome import ToMe
+from visiontrim.methods.transprune import TransPrune
 from visiontrim.methods.turbo import Turbo
 from visiontrim.methods.v2drop import V2Drop
 from visiontrim.methods.vcast import VCAST
@@ -60,6 +62,7 @@ __all__ = [
     "SCOPE",
     "VCAST",
     "ApET",
+    "AutoPrune",
     "AvgPool",
     "CDPruner",
     "CrossGET",
@@ -93,6 +96,7 @@ __all__ = [
     "STGridPool",
     "SparseVLM",
     "ToMe",
+    "TransPrune",
     "Turbo",
     "Uniform",
     "V2Drop",

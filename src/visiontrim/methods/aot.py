@@ -7,8 +7,8 @@
 2. Inside a frame, the rest goes to the anchors by a Sinkhorn plan P (eps 0.1) over 1 - cos + 0.5 times the distance,
    the frame being the unit square: x_a becomes (x_a + sum P x) / (1 + sum P), and 0.9 of that plus 0.1 of the mean of
    the anchor and the tokens nearest to it. As P sums up to 1 over the *frame*, the first part is nearly x_a.
-3. In a segment of ``length`` frames, the anchors of the first stand. Those of a frame dt later go to them by a plan over
-   (1 - cos, shifted to 0) (1 - exp(-dt^2 / (2 1.5^2))), its rows scaled to 1; the share ``residual`` of them whose
+3. In a segment of ``length`` frames, the anchors of the first stand. Those of a frame dt later go to them by a plan
+   over (1 - cos, shifted to 0) (1 - exp(-dt^2 / (2 1.5^2))), its rows scaled to 1; the share ``residual`` of them whose
    largest entry is lowest stay as they are instead.
 
 Position ids are kept. An image is one frame of anchors alone.

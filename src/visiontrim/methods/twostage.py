@@ -9,7 +9,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from visiontrim.core.budget import Amount, Depth, at_depths, check_amount, check_depths, second_stage, split_two_stage
+from visiontrim.core.budget import Amount, Depth, at_depths, check_amount, check_depths, second_stage
 from visiontrim.core.method import DecoderLayer, Layers, Method, Site, Step, VisionOutput
 from visiontrim.core.signals import Signal
 from visiontrim.core.view import Keep, View
@@ -81,7 +81,10 @@ class TwoStage(Method):
         mean = view.count(self.keep, view.total)
         if self.stages == "vision":
             return mean
-        return split_two_stage(mean, view.total, self.place(view.num_layers), view.num_layers, self.funnel)[0]
+        place, layers = self.place(view.num_layers), view.num_layers
+        second = mean * layers / (place * self.funnel + layers - place)
+        most = (2 * mean * layers - (layers - place)) // (2 * place)  # so that the second stage has a token
+        return min(view.total, max(1, most), round(self.funnel * second))
 
     def remaining(self, view: View) -> int:
         """Tokens that the second stage leaves of the segment."""

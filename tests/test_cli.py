@@ -19,6 +19,7 @@ from visiontrim import zoo
 from visiontrim.ask import FALLBACK_PROMPT, encode, load
 from visiontrim.cli import main
 from visiontrim.core.errors import TrimError
+from visiontrim.core.registry import list_methods
 from visiontrim.zoo import held_out
 
 SAMPLES = list(held_out(2))
@@ -172,10 +173,48 @@ def test_methods(cli):
     assert {"none", "random", "uniform", "visiontrim"} <= set(told)
     for name, method in told.items():
         assert name in out
-        assert set(method) == {"name", "stages", "text_aware", "merges", "paper", "summary", "options"}
+        assert set(method) == {
+            "name",
+            "kinds",
+            "place",
+            "stages",
+            "text_aware",
+            "merges",
+            "paper",
+            "summary",
+            "options",
+        }
     assert told["visiontrim"]["stages"] == ["vision", "layer 2"]
     assert told["visiontrim"]["text_aware"]
     assert told["random"]["options"] == {"keep": 64, "layer": None, "seed": 0}
+
+
+def test_methods_of_a_kind(cli):
+    def names(*arguments: str) -> set[str]:
+        return {method["name"] for method in json.loads(cli("methods", *arguments, "--json")[1])}
+
+    assert names("--kind", "video") == {name for name, method in list_methods().items() if method.for_videos}
+    assert {"evs", "holitom-inner"} <= names("--kind", "video")
+    assert {"visiontrim", "fastv", "dycoke", "random"} <= names("--kind", "decoder")
+    assert not {"visionzip", "tome", "none"} & names("--kind", "decoder")
+    assert {"tome", "visionzip", "luvc", "evs"} <= names("--kind", "encoder")
+    assert not {"fastv", "none"} & names("--kind", "encoder")
+    aware = {name for name, method in list_methods().items() if method.text_aware}
+    assert names("--text-aware") == aware
+    assert names("--kind", "decoder", "--text-aware") == names("--kind", "decoder") & aware
+    code, out, err = cli("methods", "--kind", "image")
+    assert (code, out) == (2, "")
+    assert "'video'" in err
+
+
+def test_places_of_methods(cli):
+    places = {method["name"]: method["place"] for method in json.loads(cli("methods", "--json")[1])}
+    assert places["visiontrim"] == "vision encoder's output; before decoder layer 2"
+    assert places["random"] == "vision encoder's output or a decoder layer"
+    assert places["vscan"] == "vision encoder's output; before decoder layer 16 of 32"
+    assert places["tome"] == "before every encoder layer from 1 of 23 on"
+    assert places["dycoke"] == "vision encoder's output; with an option also in decoding; videos"
+    assert (places["fastv"], places["none"]) == ("before decoder layer 2", "nowhere")
 
 
 def test_version_and_help(cli):

@@ -123,8 +123,12 @@ class Heard:
     """Hidden states [batch, width, dim] that entered the layer just passed."""
     normed: Tensor | None = None
     """Hidden states [batch, width, dim] after the final norm."""
+    values: Tensor | None = None
+    """What the attention of the layer just passed averages, [batch, key-value heads, keys, dim]."""
     rotary: Tensor | None = None
     """Cosines and sines [batch, width, 2 dim]."""
+    mean_rotary: Tensor | None = None
+    """Their means over dimensions [batch, width, 2]."""
     embeddings: Tensor | None = None
     """Input embeddings [batch, length, dim] of the uncompressed chunk."""
 

@@ -9,7 +9,7 @@ the rooms below, and how images were encoded, in none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class LanguageStage:
         steps: Mapping[int, Step],
         decoding: Decoding | None,
         positions: Positions,
-        narrow: bool,
+        narrow: bool | Literal["all"],
         upstream: Upstream,
         context: Context,
     ) -> None:
@@ -65,7 +65,9 @@ class LanguageStage:
         self._members = Members(family, context) if positions == "members" else None
         self._segments = Segments(self._upstream, self._compact, self._members)
         self._unmerging = Unmerging(family, self._upstream, steps, context) if positions == "unmerged" else None
-        self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
+        self._narrow_from = len(self._model.layers)
+        if narrow and steps:
+            self._narrow_from = 0 if narrow == "all" else min(steps)
         """The decoder layer from which on only what the last stage left stays cached."""
         alone = not steps and decoding is None and not family.bidirectional
         self.quiet = alone and positions in ("keep", "compact")

@@ -6,6 +6,7 @@ It knows where a call of the model begins and ends, and which stages a method ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Method, Plan, Positions, Step
@@ -185,9 +186,10 @@ class Session:
                 output[name] = blank_slots(output[name])
 
 
-def _narrows_cache(method: Method) -> bool:
+def _narrows_cache(method: Method) -> bool | Literal["all"]:
     parts = method.methods if isinstance(method, Plan) else (method,)
-    return any(part.narrows_cache for part in parts)
+    asked = {part.narrows_cache for part in parts}
+    return "all" if "all" in asked else any(asked)
 
 
 _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"

@@ -23,7 +23,19 @@ ABLATIONS = Path(__file__).parent / "ablations.yaml"
 SHALLOW = {"hiprune": "hiprune:middle=2", "vscan": "vscan:shallow=1,layer=4"}
 """Methods whose layers are fixed numbers, meant for models of 24 encoder and 32 decoder layers: what "all" takes for
 them, so that they run on the small bundled model too. About the same share of the depth."""
-LEFT_OUT = {PLAIN, *CONTROLS, "dycoke", "evs", "fastvid", "holitom", "st-gridpool", "vidcom2"}
+LEFT_OUT = {
+    PLAIN,
+    *CONTROLS,
+    "dycoke",
+    "evs",
+    "fastvid",
+    "holitom",
+    "st-gridpool",
+    "vidcom2",
+    "v-cast",
+    "flashvid",
+    "aot",
+}
 """Not in "all": controls, which are there anyway, and methods that compare the frames of a video."""
 
 Progress = Callable[[int, int, bool], None]

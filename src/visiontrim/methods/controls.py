@@ -38,6 +38,8 @@ class _Control(Step):
     layer: int | None = None
     """Decoder layer before which tokens are removed; None removes them at the output of the vision encoder."""
 
+    also_at: ClassVar[tuple[type, ...]] = (DecoderLayer,)
+
     def __post_init__(self) -> None:
         check_amount(self.keep)
         if self.layer is not None:

@@ -21,11 +21,15 @@ from visiontrim.core.signals import Signal
 from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep
 from visiontrim.ops.diverse import max_min_picks
+from visiontrim.ops.greedy import centred
 
 
 @register
 @dataclass(frozen=True)
 class DivPrune(EncoderStep):
+    centred: bool = False
+    """Whether cosines are of the patches minus their mean (Cen-Prune, arXiv 2608.30263)."""
+
     name: ClassVar[str] = "divprune"
     summary: ClassVar[str] = "keeps the patches that are farthest from each other"
     paper: ClassVar[str] = "arXiv 2503.02175, CVPR 2025"
@@ -35,4 +39,5 @@ class DivPrune(EncoderStep):
         return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        return Keep(max_min_picks(view.encoder.projected, count).sort(1).values)
+        projected = view.encoder.projected
+        return Keep(max_min_picks(centred(projected) if self.centred else projected, count).sort(1).values)

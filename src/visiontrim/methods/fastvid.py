@@ -73,6 +73,7 @@ class FastVID(EncoderStep):
     name: ClassVar[str] = "fastvid"
     summary: ClassVar[str] = "salient tokens of every frame, and dense ones that absorb their segment"
     paper: ClassVar[str] = "NeurIPS 2025, OpenReview 2xS4VtpApy"
+    for_videos: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

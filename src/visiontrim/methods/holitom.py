@@ -63,6 +63,7 @@ class HoliTom(EncoderStep):
     name: ClassVar[str] = "holitom"
     summary: ClassVar[str] = "static places of the best windows of frames become one, then attention received"
     paper: ClassVar[str] = "arXiv 2505.21334, NeurIPS 2025"
+    for_videos: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -139,6 +140,7 @@ class HoliTomInner(Cascade):
     name: ClassVar[str] = "holitom-inner"
     summary: ClassVar[str] = "keeps what the last position attends to, and merges the rest into it"
     paper: ClassVar[str] = "arXiv 2505.21334, NeurIPS 2025"
+    for_videos: ClassVar[bool] = True
     text_aware: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from visiontrim.commands import analyze, ask, bench, cost, evaluate, listing, reproduce, score, zoo
+from visiontrim.commands import analyze, ask, bench, cost, doctor, evaluate, listing, reproduce, score, zoo
 from visiontrim.core.errors import TrimError
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command(epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
 app.command(epilog=cost.EPILOG)(cost.cost)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=analyze.EPILOG)(analyze.analyze)
+app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.add_typer(zoo.app, name="zoo")
 
 

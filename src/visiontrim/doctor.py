@@ -9,16 +9,19 @@ from __future__ import annotations
 import difflib
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from visiontrim import promises, zoo
+from visiontrim.ask import Speaker, encode
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
 from visiontrim.engine.contract import facts
@@ -86,17 +89,17 @@ def diagnose(name: str | None = None, device: str | torch.device = "cpu") -> Dia
     Of a large model, and of one that is not on the disk, two layers with random weights are tried, on ``device``, in
     float32. Raises :class:`TrimError` for names of nothing, and for models that see no pictures.
     """
-    name = name or "bundled"
-    model, shape, tried = _patient(name, torch.device(device))
+    name, device = name or "bundled", torch.device(device)
+    whole = _shape(name)
+    model, shape, tried = _patient(name, whole, device)
     try:
         family = facts(model)
     except TrimError as error:
         refused = Result("its parts are where a run looks for them", False, str(error), 0.0)
         return Diagnosis(versions(), accelerator(), name, tried, "none", (), (refused,))
     known = "generic facts" if isinstance(family, Generic) else f"{type(family).__name__} ({family.checkpoints})"
-    possible = tuple(_possible(family))
-    between = next(one.possible for one in possible if one.what == "a stage between decoder layers")
-    kept = tuple(_promises(family, shape, between))
+    possible = tuple(_possible(_whole(whole) or family))
+    kept = tuple(_promises(family, shape, name))
     return Diagnosis(versions(), accelerator(), name, tried, known, possible, kept)
 
 
@@ -115,18 +118,28 @@ def accelerator() -> str:
     return f"{device} {name}".strip()
 
 
-def _patient(name: str, device: torch.device) -> tuple[Any, Shape, str]:
+def _whole(shape: Shape) -> Family | None:
+    """Facts about the whole model, which has no weights; None where it takes weights to build it."""
+    with suppress(Exception):
+        family = facts(shape.build("meta", torch.float32))
+        text = family.language_model
+        text.rotary_emb = type(text.rotary_emb)(config=text.config)  # whose frequencies rules of positions look at
+        return family
+    return None
+
+
+def _patient(name: str, shape: Shape, device: torch.device) -> tuple[Any, Shape, str]:
     """A model to try, its shape, and in words what it is."""
     directory = BUNDLED.get(name, Path(name))
-    shape = _shape(name, directory)
     if directory.is_dir() and 0 < _weights(directory) <= SMALL:
         try:
-            model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+            model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
         except Exception as error:  # of damaged files, readers raise whatever they like
             raise TrimError(f"the weights in {name} cannot be loaded ({_line(error)}): copy the files again") from error
         return model.eval().to(device), shape, "the model itself, in float32"
     try:
-        shape = shape.sliced(2)
+        count = _enough(shape)
+        shape = shape.sliced(count)
         wide = sum(part.numel() for part in shape.build("meta", torch.float32).parameters()) <= WIDE
         shape = shape if wide else shape.narrow()
         with torch.random.fork_rng(devices=()):
@@ -139,11 +152,12 @@ def _patient(name: str, device: torch.device) -> tuple[Any, Shape, str]:
             f"with weights of at most {SMALL // 2**20} MB, which are tried themselves"
         ) from error
     widths = "" if wide else ", narrow"
-    return model, shape, f"two decoder layers of its configuration{widths}, random weights, float32"
+    return model, shape, f"{count} decoder layers of its configuration{widths}, random weights, float32"
 
 
-def _shape(name: str, directory: Path) -> Shape:
+def _shape(name: str) -> Shape:
     """The configuration, from the presets or the disk if it is there, else from the hub."""
+    directory = BUNDLED.get(name, Path(name))
     if (PRESETS / f"{name}.json").is_file():
         return _seeing_little(Shape.load(name))
     if not directory.exists():
@@ -191,6 +205,13 @@ def _weights(directory: Path) -> int:
     return sum(path.stat().st_size for kind in ("safetensors", "bin") for path in directory.glob(f"*.{kind}"))
 
 
+def _enough(shape: Shape) -> int:
+    """The fewest decoder layers, two or more, with every kind of layer that there is."""
+    kinds = list(getattr(shape.config.text_config, "layer_types", None) or ())
+    first = max((kinds.index(kind) + 1 for kind in set(kinds)), default=2)
+    return min(max(first, 2), shape.config.text_config.num_hidden_layers)
+
+
 def _liven(model: torch.nn.Module) -> None:
     """Weights under which signals keep their size from layer to layer, so that attention is not flat."""
     for module in model.modules():
@@ -234,20 +255,50 @@ def _signals(family: Family) -> str:
     return f"{kinds}; scores: {family.scores}; guided by {guides}"
 
 
-def _promises(family: Family, shape: Shape, between: bool) -> Iterator[Result]:
+def _opens(model: Any, method: Method) -> bool:
+    try:
+        trim(model, method)
+    except TrimError:
+        return False
+    return True
+
+
+def _prompts(family: Family, shape: Shape, name: str) -> list[dict[str, Tensor]]:
+    """Rows of a batch, one at a time: as the facts say, or by the model's own processor if it is on the disk."""
+    try:
+        return [noise_prompt(family, shape.picture, text, 1, seed) for seed, text in enumerate(WORDS)]
+    except Exception as error:
+        try:
+            processor = AutoProcessor.from_pretrained(str(BUNDLED.get(name, Path(name))), local_files_only=True)
+        except Exception:
+            raise TrimError(
+                f"how {type(family.model).__name__} is given pictures is not known ({_line(error)}), and no processor "
+                "is on the disk: give a directory that has one"
+            ) from error
+    size = (shape.picture.width, shape.picture.height)
+    noise = torch.Generator().manual_seed(0)
+    speaker, rows = Speaker(name, family.model, processor, None), []
+    for text in WORDS:
+        pixels = torch.randint(256, (*size[::-1], 3), dtype=torch.uint8, generator=noise)
+        rows.append(dict(encode(speaker, [Image.fromarray(pixels.numpy())], " ".join(["word"] * text))))
+    return rows
+
+
+def _promises(family: Family, shape: Shape, name: str) -> Iterator[Result]:
     """Every promise, kept or not, on two rows of noise."""
     model: Any = family.model
     rows: list[dict[str, Tensor]] = []
 
     def prompts() -> str:
-        for seed, text in enumerate(WORDS):
-            rows.append(noise_prompt(family, shape.picture, text, 1, seed))
+        rows.extend(_prompts(family, shape, name))
         return f"{' and '.join(str(row['input_ids'].shape[1]) for row in rows)} tokens"
 
-    made = checked("prompts of noise pass through the vision encoder", prompts)
+    made = checked("pictures of noise pass through the vision encoder", prompts)
     yield made
     if not made.kept:
         return
+    between = _opens(model, Random(keep=0.5, layer=1))
+    recurrent = not all("attention" in kind and "linear" not in kind for kind in Upstream(family.language_model).kinds)
     padding = model.generation_config.pad_token_id
     together = promises.left_padded(rows, padding if isinstance(padding, int) else 0)
     half: Method = Random(keep=0.5) | Random(keep=0.5, layer=1) if between else Random(keep=0.5)
@@ -258,10 +309,13 @@ def _promises(family: Family, shape: Shape, between: bool) -> Iterator[Result]:
         "keeping everything is bit-identical",
         lambda: promises.everything_is_bit_identical(model, together, whole),
     )
-    yield checked(
-        "removal equals masking",
-        lambda: promises.removal_equals_masking(model, together, half),
-    )
+    if recurrent:
+        yield checked(
+            "removal equals feeding what is left",
+            lambda: promises.removal_equals_feeding(model, rows[0], Random(keep=0.5)),
+        )
+    else:
+        yield checked("removal equals masking", lambda: promises.removal_equals_masking(model, together, half))
     yield checked(
         "a padded batch equals its rows",
         lambda: promises.batch_equals_rows(model, rows, together, half),

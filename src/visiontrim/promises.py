@@ -28,13 +28,13 @@ from visiontrim.run import Run, trim
 ANSWER = 4
 """Tokens of each answer."""
 TOLERANCE = 2e-5
-"""Largest difference of logits, as a share of the largest (or of 1), between two ways to the same numbers in float32."""
+"""Largest difference of logits, as a share of the largest (or of 1), of two ways to the same numbers in float32."""
 
-Inputs = Mapping[str, Tensor]
+Inputs = Mapping[str, Any]
 """What ``generate()`` takes: ``input_ids`` and ``attention_mask`` [rows, tokens], left-padded, and pixels."""
 
 
-class Broken(Exception):
+class PromiseError(Exception):
     """A promise that was not kept; the message says by how much."""
 
 
@@ -50,7 +50,7 @@ class Result:
 
 
 def checked(promise: str, check: Callable[[], str]) -> Result:
-    """Run ``check``, which says what it found, or raises :class:`Broken`, or whatever else a model can raise."""
+    """Run ``check``, which says what it found, or raises :class:`PromiseError`, or whatever else a model can raise."""
     start = time.perf_counter()
     try:
         with torch.no_grad():
@@ -58,21 +58,21 @@ def checked(promise: str, check: Callable[[], str]) -> Result:
     except Exception as error:  # what a model of an unknown release does is what the user wants to be told
         lines = str(error).strip().splitlines()
         kept, said = False, lines[0] if lines else "no message"
-        if not isinstance(error, Broken | TrimError):
+        if not isinstance(error, PromiseError | TrimError):
             said = f"{type(error).__name__}: {said}"
     return Result(promise, kept, said, time.perf_counter() - start)
 
 
 def everything_is_bit_identical(model: Any, inputs: Inputs, plans: Sequence[Method]) -> str:
-    """Runs of ``plans``, which keep everything, give the logits of the plain model, and so does the model after them."""
+    """Runs of ``plans``, which keep everything, give the plain model's logits, and so does the model after them."""
     plain = logits(answer(model, inputs))
     for plan in plans:
         with trim(model, plan):
             ours = logits(answer(model, inputs))
         if not ours.equal(plain):
-            raise Broken(f"{plan} keeps everything, but logits differ by {_apart(ours, plain):.2g}")
+            raise PromiseError(f"{plan} keeps everything, but logits differ by {_apart(ours, plain):.2g}")
     if not logits(answer(model, inputs)).equal(plain):
-        raise Broken("once the runs are closed, the model answers otherwise than before")
+        raise PromiseError("once the runs are closed, the model answers otherwise than before")
     return f"{plain.shape[0]} x {plain.shape[1]} tokens answered"
 
 
@@ -83,8 +83,34 @@ def removal_equals_masking(model: Any, inputs: Inputs, plan: Method) -> str:
     with Masked(model, inputs["attention_mask"], gone):
         reference = logits(answer(model, inputs))
     said = _equal(ours, reference)
-    if _apart(ours, plain) <= 10 * _tolerance(plain):
-        raise Broken("logits are those of the plain model: nothing was removed, or the model does not see pictures")
+    _differs(ours, plain)
+    return said
+
+
+def removal_equals_feeding(model: Any, row: Inputs, plan: Method) -> str:
+    """Removing tokens before the first decoder layer is feeding the others alone, at their places.
+
+    ``plan`` has no later stage and merges nothing, ``row`` is one without padding. It is the oracle where layers carry
+    a state from token to token, through which what a mask hides still acts.
+    """
+    _, output, gone = watched(model, row, plan, tokens=1)
+    ours, plain = logits(output), logits(answer(model, row, tokens=1))
+    places = (~gone[0][0]).nonzero()[:, 0] if 0 in gone else torch.arange(row["input_ids"].shape[1])
+
+    def feed(module, args, kwargs):
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(row["input_ids"].shape[1], device=ours.device)[None]
+        fed = {"inputs_embeds": kwargs["inputs_embeds"][:, places], "position_ids": positions[..., places]}
+        return args, kwargs | fed | {"attention_mask": torch.ones_like(row["attention_mask"][:, places])}
+
+    handle = family_of(model).language_model.register_forward_pre_hook(feed, with_kwargs=True)
+    try:
+        reference = logits(answer(model, row, tokens=1))
+    finally:
+        handle.remove()
+    said = _equal(ours, reference)
+    _differs(ours, plain)
     return said
 
 
@@ -97,13 +123,13 @@ def batch_equals_rows(model: Any, rows: Sequence[Inputs], together: Inputs, plan
 
 
 def turn_equals_one_shot(model: Any, inputs: Inputs, question: Int[Tensor, "rows tokens"], plan: Method) -> str:
-    """A second turn on the cache of the first is the whole conversation in one prompt. ``plan`` must draw alike in both."""
+    """A second turn on the first's cache is the whole conversation in one prompt. ``plan`` must draw alike in both."""
     name = cache_name(type(family_of(model).language_model).forward)
     with trim(model, plan):
         first = answer(model, inputs)
         whole = _conversation(inputs, first.sequences, question)
         text = {key: value for key, value in whole.items() if value.shape == whole["input_ids"].shape}
-        ours = logits(answer(model, text, **{str(name): given_cache(first)}))
+        ours = logits(answer(model, text | {str(name): given_cache(first)}))
     with trim(model, plan):
         reference = logits(answer(model, whole))
     return _equal(ours, reference)
@@ -114,9 +140,10 @@ def cache_is_as_reported(model: Any, inputs: Inputs, plan: Method) -> str:
     run, output, gone = watched(model, inputs, plan, tokens=1)
     trace, mask = run.trace, inputs["attention_mask"].bool()
     layers = _layers(output)
-    held, stored = [keys.shape[-2] for keys, _ in layers], sum(part.nbytes for layer in layers for part in layer)
+    held = [keys.shape[-2] for keys, _ in layers.values()]
+    stored = sum(part.nbytes for layer in layers.values() for part in layer)
     reached = []
-    for layer in range(len(layers)):
+    for layer in range(len(trace.widths)):
         mask = mask & ~gone[layer] if layer in gone else mask
         reached.append(int(mask.sum(1).max()))
     for what, counts in (
@@ -124,14 +151,15 @@ def cache_is_as_reported(model: Any, inputs: Inputs, plan: Method) -> str:
         ("the layers are said to process", trace.widths),
         ("so many reach the layers:", reached),
     ):
-        if list(counts) != held:
-            raise Broken(f"the cache holds {_list(held)} tokens by layer, but {what} {_list(counts)}")
-    if stored != trace.cache_bytes:
-        raise Broken(f"the cache has {stored:,} bytes, but the report says {trace.cache_bytes:,}")
+        counted = [count for layer, count in enumerate(counts) if layer in layers]
+        if counted != held:
+            raise PromiseError(f"the cache holds {_list(held)} tokens by layer, but {what} {_list(counted)}")
+    if len(layers) == len(trace.widths) and stored != trace.cache_bytes:
+        raise PromiseError(f"the cache has {stored:,} bytes, but the report says {trace.cache_bytes:,}")
     with run:
-        later = [keys.shape[-2] for keys, _ in _layers(answer(model, inputs))]
+        later = [keys.shape[-2] for keys, _ in _layers(answer(model, inputs)).values()]
     if later != [length + ANSWER - 1 for length in held]:
-        raise Broken(f"{ANSWER - 1} steps made the cache's {_list(held)} tokens {_list(later)}")
+        raise PromiseError(f"{ANSWER - 1} steps made the cache's {_list(held)} tokens {_list(later)}")
     return f"{_list(held)} of {trace.length} tokens by layer"
 
 
@@ -189,7 +217,7 @@ def watched(
             for number, row in enumerate(places)
         ]
         if max(map(len, left)) != went.shape[1]:
-            raise Broken(f"what reaches decoder layer {layer} is not a part of what came to it")
+            raise PromiseError(f"what reaches decoder layer {layer} is not a part of what came to it")
         gone[layer] = torch.zeros_like(mask)
         for number, (row, stay) in enumerate(zip(places, left, strict=True)):
             gone[layer][number, sorted({*row} - {*stay})] = True
@@ -297,10 +325,11 @@ def _conversation(inputs: Inputs, said: Tensor, question: Tensor) -> dict[str, T
     return whole
 
 
-def _layers(output: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer of the cache in an output."""
+def _layers(output: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values of every layer of the cache in an output that has them."""
     cache: Any = given_cache(output)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers = enumerate(cache.layers)
+    return {index: (layer.keys, layer.values) for index, layer in layers if getattr(layer, "keys", None) is not None}
 
 
 def _apart(ours: Tensor, reference: Tensor) -> float:
@@ -312,11 +341,19 @@ def _tolerance(reference: Tensor) -> float:
 
 
 def _equal(ours: Tensor, reference: Tensor) -> str:
-    """Say how far two ways are apart. Raises :class:`Broken` if that is more than rounding."""
+    """Say how far two ways are apart. Raises :class:`PromiseError` if that is more than rounding."""
     apart, allowed = _apart(ours, reference), _tolerance(reference)
     if not apart <= allowed:  # NaN is broken, too
-        raise Broken(f"logits differ by {apart:.2g}, and {allowed:.2g} would be rounding")
+        raise PromiseError(f"logits differ by {apart:.2g}, and {allowed:.2g} would be rounding")
     return f"logits differ by {apart:.1g}"
+
+
+def _differs(ours: Tensor, plain: Tensor) -> None:
+    """Raise :class:`PromiseError` where equality proves nothing."""
+    if _apart(ours, plain) <= 10 * _tolerance(plain):
+        raise PromiseError(
+            "logits are those of the plain model: nothing was removed, or the model does not see pictures"
+        )
 
 
 def _list(counts: Sequence[int]) -> str:

@@ -79,4 +79,6 @@ def _show(found: Diagnosis) -> None:
     screen.print(table)
     broken = sum(not result.kept for result in found.promises)
     if broken:
-        screen.print(f"{broken} of {len(found.promises)} promises broken: do not trust answers of this model", soft_wrap=True)
+        screen.print(
+            f"{broken} of {len(found.promises)} promises broken: do not trust answers of this model", soft_wrap=True
+        )

@@ -81,7 +81,9 @@ class Shape:
         torch.set_default_dtype(dtype)  # so that no tensor is made in a wider type first
         try:
             with torch.device(device):
-                return AutoModelForImageTextToText.from_config(self.config, attn_implementation=attention).eval()
+                return AutoModelForImageTextToText.from_config(
+                    self.config, dtype=dtype, attn_implementation=attention
+                ).eval()
         finally:
             torch.set_default_dtype(before)
 

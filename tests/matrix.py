@@ -18,7 +18,7 @@ FAMILIES = [
     f"tests/test_{name}.py"
     for name in (
         *("engine", "families", "generic", "generate", "turns", "trim", "wrapped"),
-        *("encoder_families", "pixelprune", "decoding", "unmerging", "contract", "promises", "training"),
+        *("encoder_families", "pixelprune", "decoding", "unmerging", "contract", "promises", "runs"),
     )
 ]
 TOOLS = ["pytest", "pytest-xdist", "beartype", "hypothesis"]

@@ -166,3 +166,25 @@ def test_numbers_of_numpy_are_numbers():
             assert run.report.kept_tokens == 4
             assert type(run.method.to_dict()["keep"]) in (int, float)
     assert vt.Random(keep=np.int64(4)) == vt.Random(keep=4)
+
+
+@pytest.mark.parametrize("method", ["visiontrim:keep=8", "fastv:keep=0.6", "pyramiddrop:keep=12", "tome:keep=8"])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "within the run"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(method, late):
+    seen = []
+    for checkpoint in (False, True):
+        model = llava().train()
+        if checkpoint and not late:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with vt.trim(model, method):
+            if checkpoint and late:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            loss = model(**INPUTS, labels=INPUTS["input_ids"]).loss
+            loss.backward()
+        seen.append([loss.detach(), *(part.grad for part in model.parameters() if part.grad is not None)])
+        layers = model.model.language_model.layers
+        assert all(layer.gradient_checkpointing is checkpoint for layer in layers)
+        assert not any("forward" in layer.__dict__ for layer in layers)
+    assert len(seen[0]) == len(seen[1])
+    for plain, checkpointed in zip(*seen, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)

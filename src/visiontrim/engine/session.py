@@ -11,6 +11,7 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Method, Plan, Positions, Step
 from visiontrim.core.trace import Trace
 from visiontrim.engine.call import Call
+from visiontrim.engine.checkpointing import InsideHooks
 from visiontrim.engine.context import Clock, Context
 from visiontrim.engine.contract import check_arguments, check_passed
 from visiontrim.engine.encoder import EncoderStage
@@ -82,6 +83,8 @@ class Session:
                 self._removers.append(module.register_forward_hook(self._end_forward, always_call=True))
             for stage in self._stages:
                 self._removers += stage.attach()
+            self._inside = InsideHooks(model)
+            self._removers.append(self._inside)
             self._removers.append(Replaced(model, "generate", self._generate))
         except BaseException:
             self.detach()
@@ -122,6 +125,7 @@ class Session:
             self.context.end()
 
     def _begin_forward(self, module, args, kwargs):
+        self._inside.refresh()
         ids = kwargs.get("input_ids", args[0] if args else None)
         pixels = given_pixels(kwargs)
         features = given_features(kwargs)

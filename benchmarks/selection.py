@@ -20,9 +20,9 @@ import visiontrim as vt
 
 WORDS = 24
 METHODS = (
-    "visiontrim:keep=64",
-    "visiontrim:keep=64,fusion=inverse_variance",
-    "visiontrim:keep=64,guidance=none",
+    "visiontrim:keep=64,stages=vision",
+    "visiontrim:keep=64,variant=lean",
+    "visiontrim:keep=64,variant=lean,guidance=none",
     "fastervlm:keep=64",
     "random:keep=64",
 )

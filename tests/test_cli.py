@@ -173,7 +173,7 @@ def test_methods(cli):
     for name, method in told.items():
         assert name in out
         assert set(method) == {"name", "stages", "text_aware", "merges", "paper", "summary", "options"}
-    assert told["visiontrim"]["stages"] == ["vision"]
+    assert told["visiontrim"]["stages"] == ["vision", "layer 2"]
     assert told["visiontrim"]["text_aware"]
     assert told["random"]["options"] == {"keep": 64, "layer": None, "seed": 0}
 

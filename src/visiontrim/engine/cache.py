@@ -11,7 +11,7 @@ A cache knows lengths and which of its keys are padding; it knows nothing of ima
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.engine.upstream import CACHE_TENSORS, QUANTIZED, Cache, DynamicLayer, DynamicSlidingWindowLayer
+from visiontrim.engine.upstream import (
+    CACHE_TENSORS,
+    QUANTIZED,
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    given_cache,
+)
 
 
 @dataclass
@@ -66,6 +73,8 @@ class Trimmed(_Base):
         """Valid keys up to ``trimmed_to``, the first ``removed`` columns being meaningless; None: all are valid."""
         self.shift: Int[Tensor, " batch"] | None = None
         """What to subtract from logical position ids (``positions="compact"``)."""
+        self.plain = False
+        """No padding, no shift, and all layers lack the same: a step needs length and mask sizes alone."""
         self.glanced: Glanced | None = None
         """What steps of decoding have to know of each other (:mod:`.decoding`); None: they need nothing."""
 
@@ -164,6 +173,22 @@ class Trimmed(_Base):
         self.glanced = None if self.glanced is None else self.glanced.rows(function)
 
 
+def plain_step(arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward with these ``arguments`` is one token on a cache that lacks the same in all layers, no padding.
+
+    Such a step needs no help: what the cache says of its length and of the sizes of masks is enough.
+    """
+    cache = given_cache(arguments)
+    if cache is None or arguments.get("attention_mask") is not None or arguments.get("labels") is not None:
+        return False
+    layer: Any = cache.layers[0] if cache.layers else None
+    if not isinstance(layer, Trimmed) or not layer.plain:
+        return False
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    return tokens is not None and tokens.shape[1] == 1
+
+
 class TrimmedLayer(Trimmed, DynamicLayer):
     """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation."""
 
@@ -210,19 +235,24 @@ def trimmed_layer(cache: Cache | None, index: int) -> Trimmed | None:
 
 
 def chunk_mask(
-    cache: Cache | None, index: int, past_mask: Tensor | None, past: int, valid: Bool[Tensor, "batch left"]
-) -> Bool[Tensor, "batch keys"]:
-    """Key mask of layer ``index`` for a chunk of which only some tokens are left.
+    cache: Cache | None,
+    index: int,
+    past_mask: Tensor | None,
+    past: int,
+    valid: Bool[Tensor, "batch left"] | None,
+    left: int,
+) -> Bool[Tensor, "batch keys"] | None:
+    """Key mask of layer ``index`` for a chunk of which only ``left`` tokens are left; None when all keys are valid.
 
     ``past_mask`` is the logical mask [batch, past] of what came before (None: no padding), ``valid`` says which of the
-    tokens left are no padding.
+    tokens left are no padding (None: none of them is).
     """
     layer = trimmed_layer(cache, index)
     if layer is not None:
         past_mask = layer.logical_mask(past_mask, past)
-    if past_mask is None:
-        past_mask = valid.new_ones(valid.shape[0], past)
-    return torch.cat([past_mask.bool(), valid], dim=1)
+    if valid is None:
+        return None if past_mask is None else F.pad(past_mask.bool(), (0, left), value=True)
+    return F.pad(valid, (past, 0), value=True) if past_mask is None else torch.cat([past_mask.bool(), valid], dim=1)
 
 
 def make_trimmed(cache: Cache, index: int) -> Trimmed:

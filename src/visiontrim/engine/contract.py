@@ -59,7 +59,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "lazy_initialization",
     ),
 }
-"""Attributes and methods; the text model itself is where the family says. Of a dynamic cache's layers what :class:`Trimmed` overrides or calls."""
+"""Attributes and methods; the text model itself is where the family says. Of a dynamic cache's layers what
+:class:`Trimmed` overrides or calls."""
 OUTPUTS: dict[str, tuple[Name, ...]] = {
     "text model": ("last_hidden_state", CACHE_NAMES),
     "get_image_features": ("pooler_output",),

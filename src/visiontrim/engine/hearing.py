@@ -221,9 +221,11 @@ class Asked:
     ) -> Float[Tensor, "rows heads places keys"]:
         """Attention, in decoder layer ``layer``, from ``places`` of the batch's ``rows`` to all keys."""
         prefill, (query, key, scaling) = self._prefill, attended
-        mask = chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, prefill.alive.valid)
-        mask = mask[:, -key.shape[2] :]  # a cache that lacks tokens lacks its first columns
-        return attention_rows(query[rows], key[rows], places, scaling=scaling, causal=True, key_mask=mask[rows])
+        alive = prefill.alive
+        valid = alive.valid if alive.padded else None
+        mask = chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, valid, alive.width)
+        mask = None if mask is None else mask[rows, -key.shape[2] :]  # a cache that lacks tokens lacks first columns
+        return attention_rows(query[rows], key[rows], places, scaling=scaling, causal=True, key_mask=mask)
 
     def _text_attention(
         self, rows: Int[Tensor, " images"], column: Int[Tensor, "images kept"], start: int

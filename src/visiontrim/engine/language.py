@@ -174,15 +174,26 @@ class LanguageStage:
         if self._compact and positions.ndim != 2:
             raise TrimError(f"positions='compact' needs one position per token, not {len(positions)}: use 'keep'")
         if call is None:
-            return Forward(cache, mask, length, past, positions)
+            within = self._context.call
+            shared = within is not None and within.owner is None and self._decoding is None
+            return Forward(cache, mask, length, past, positions, ahead=within.ahead if shared else None)
         origin = torch.arange(length, device=embeds.device).expand(batch, -1)
         valid = torch.ones_like(origin, dtype=torch.bool) if mask is None else mask[:, -length:].bool()
-        alive = Alive(origin, valid, [], [])
+        alive = Alive(origin, valid, [], [], self._lengths(call, batch, length, mask))
         held = tuple(0 if cache is None else physical_length(cache, n) for n in range(len(self._model.layers)))
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid, held=held)
         place_groups(prefill, self._family)
         self._hearing.enter(prefill, embeds)
         return prefill
+
+    def _lengths(self, call: Call, batch: int, length: int, mask: Tensor | None) -> tuple[int, ...] | None:
+        """Tokens of every row that are no padding; None if only the device knows."""
+        if mask is None:
+            return (length,) * batch
+        there = call.counted
+        if there is None or there.valid is None or not there.covers(call.forward_ids) or there.tokens != length:
+            return None
+        return tuple(valid for valid in there.valid for _ in range(batch // there.rows))
 
     def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
         check_window(prefill.cache, prefill.past + prefill.length)
@@ -206,7 +217,10 @@ class LanguageStage:
             alive = prefill.alive
             kwargs["attention_mask"] = narrowed_mask(kwargs.get("attention_mask"), alive.origin, alive.valid)
         else:
-            kwargs["attention_mask"] = self._segments.key_mask(prefill, 0)
+            mask = self._segments.key_mask(prefill, 0)
+            if mask is None and prefill.cache is None:  # gaps in position_ids would look like packed sequences
+                mask = prefill.alive.valid
+            kwargs["attention_mask"] = mask
 
     def _add_features(self, add: Callable, hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
         """DeepStack: ``features`` are added to the tokens at ``places`` [batch, length], now to those that are left."""
@@ -272,8 +286,16 @@ class LanguageStage:
         if not prefill.removals:
             return None
         alive, labels = prefill.alive, prefill.call.labels
-        output["last_hidden_state"] = unpack(output.last_hidden_state, alive.origin, alive.valid, prefill.length)
+        output["last_hidden_state"] = _whole(prefill, output.last_hidden_state, layers)
+        if (states := output.get("hidden_states")) is not None:  # what enters layer 0, then what leaves every layer
+            output["hidden_states"] = tuple(_whole(prefill, state, number) for number, state in enumerate(states))
         if labels is not None:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
+
+
+def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:
+    """Hidden states that have ``passed`` so many decoder layers, one for every token of the uncompressed chunk."""
+    alive = prefill.alive_in(max(passed - 1, 0))
+    return hidden if alive is None else unpack(hidden, alive.origin, alive.valid, prefill.length)

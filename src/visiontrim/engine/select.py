@@ -33,7 +33,11 @@ def place_groups(prefill: Prefill, family: Family) -> None:
     prefill.groups = [_expanded(group, copies) for group in call.groups]
     prefill.rows = [torch.tensor(group.rows, device=ids.device) for group in prefill.groups]
     wanted = sum(group.places.numel() + group.marks.numel() for group in prefill.groups)
-    found = int(family.placeholders(ids).sum())
+    there = call.counted
+    if there is not None and there.covers(ids):
+        found = sum(map(sum, there.placeholders.values())) * (len(ids) // there.rows)
+    else:
+        found = int(family.placeholders(ids).sum())
     if not wanted or found != wanted:
         raise TrimError(
             f"this forward holds {found} image placeholders but {wanted} vision tokens were encoded in this "

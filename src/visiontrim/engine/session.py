@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Method, Plan, Positions, Step
 from visiontrim.core.trace import Trace
+from visiontrim.engine.cache import plain_step
 from visiontrim.engine.call import Call
 from visiontrim.engine.checkpointing import InsideHooks
 from visiontrim.engine.context import Clock, Context
@@ -18,9 +19,12 @@ from visiontrim.engine.encoder import EncoderStage
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.language import LanguageStage
 from visiontrim.engine.memory import Memory
+from visiontrim.engine.pack import blank_slots
+from visiontrim.engine.placing import counted
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.upstream import (
+    FEATURE_FIELDS,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     Upstream,
@@ -62,8 +66,8 @@ class Session:
         self._family = family
         self._questions = questions
         self.context = context = Context(family.model, finish, clock)
-        sites, decoding = Sites.of(family, method), method.decoding
         upstream = Upstream(family.language_model)
+        sites, decoding = Sites.of(family, method, _between_layers(family, upstream)), method.decoding
         check_arguments(family, upstream, layers=bool(sites.language) or decoding is not None or positions != "keep")
         _check_layers(family, upstream, sites.language, decoding)
         memory = Memory(remember, once_each=not sites.encoder) if remember else None
@@ -72,6 +76,9 @@ class Session:
             VisionStage(family, sites.vision, per, sites.apart, memory, sites.encoder, questions, context),
             LanguageStage(family, sites.language, decoding, positions, _narrows_cache(method), upstream, context),
         )
+        plain = positions in ("keep", "compact") and not sites.language and decoding is None
+        self._quiet = plain and not family.bidirectional
+        """Whether a plain step of decoding needs nothing from the engine."""
         self._removers: list = []
 
     def attach(self) -> None:
@@ -80,7 +87,8 @@ class Session:
         try:
             for module in (model, core):
                 self._removers.append(module.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
-                self._removers.append(module.register_forward_hook(self._end_forward, always_call=True))
+                end = module.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True)
+                self._removers.append(end)
             for stage in self._stages:
                 self._removers += stage.attach()
             self._inside = InsideHooks(model)
@@ -118,13 +126,18 @@ class Session:
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
             )
-        self.context.begin(Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end))
+        call = Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end)
+        if given_pixels(kwargs):  # looked at before the encoder is queued, so that nothing has to be waited for
+            call.counted = counted(self._family, ids, mask)
+        self.context.begin(call)
         try:
             return generate(*args, **kwargs)
         finally:
             self.context.end()
 
     def _begin_forward(self, module, args, kwargs):
+        if self._quiet and plain_step(kwargs):
+            return None
         self._inside.refresh()
         ids = kwargs.get("input_ids", args[0] if args else None)
         pixels = given_pixels(kwargs)
@@ -153,18 +166,27 @@ class Session:
         if pixels:  # the encoder runs within this forward, on its rows
             call.input_ids = ids
             call.groups.clear()
+            if call.counted is None or not call.counted.covers(ids) or call.counted.rows != len(ids):
+                call.counted = counted(self._family, ids, kwargs.get("attention_mask"))
         if kwargs.get("labels") is None:
             return None
         call.labels = kwargs["labels"].clone()
         return args, kwargs | {"labels": call.labels}
 
-    def _end_forward(self, module, args, output) -> None:
+    def _end_forward(self, module, args, kwargs, output) -> None:
+        if self._quiet and plain_step(kwargs):
+            return
         if (call := self.context.call) is None:
             return
         if call.owner is module:
             self.context.end()
-        if output is not None:  # None: the forward raised
-            check_passed(call, module)
+        if output is None:  # the forward raised
+            return
+        check_passed(call, module)
+        call.carries_vision = False
+        if call.owner is module and any(group.kept < group.total for group in call.groups):
+            for name in [name for name in output if name.startswith(FEATURE_FIELDS)]:
+                output[name] = blank_slots(output[name])
 
 
 def _narrows_cache(method: Method) -> bool:
@@ -173,6 +195,13 @@ def _narrows_cache(method: Method) -> bool:
 
 
 _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"
+
+
+def _between_layers(family: Family, upstream: Upstream) -> bool:
+    """Whether tokens can be removed between decoder layers, whatever the length of the prompt."""
+    layers = upstream.new_cache().layers
+    enough = len(layers) >= len(family.language_model.layers)
+    return not family.bidirectional and enough and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Step], decoding: Decoding | None) -> None:

@@ -30,6 +30,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 """What the key-value cache has been called as an argument and as a field of outputs, the newest name first."""
 FEATURE_NAMES = ("mm_encoder_outputs",)
 """What the argument has been called in which generate() hands encoded images on; before 5.19 there was none."""
+FEATURE_FIELDS = ("image_", "video_")
+"""How fields begin in which the output of a model hands features of images and videos out."""
 MASKS = {"full_attention": "create_causal_mask", "sliding_attention": "create_sliding_window_causal_mask"}
 """By the type of a decoder layer, the function of transformers that makes its attention mask."""
 

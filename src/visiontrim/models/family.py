@@ -136,7 +136,8 @@ class Family(ABC):
         """Which of ``input_ids`` stand for tokens of ``kind``, or of any kind."""
         config = self.model.config
         ids = [getattr(config, f"{name}_token_id") for name in ((kind,) if kind else self.kinds)]
-        return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+        first, *others = (input_ids == number for number in ids)  # numbers stay on the host
+        return functools.reduce(torch.logical_or, others, first)
 
     def attentions(self, kind: Kind) -> Sequence[Any]:
         """The attention modules of the encoder's layers, in order; () if they cannot be listened to."""

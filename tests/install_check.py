@@ -42,7 +42,7 @@ def installed() -> Path:
 
 def asked(program: Path, folder: Path) -> dict:
     """What the command answers there."""
-    done = subprocess.run([program, *ASK], cwd=folder, check=True, capture_output=True, text=True)
+    done = subprocess.run([program, *ASK], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
     said = json.loads(done.stdout)
     return {key: said[key] for key in SAME}
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
-.PHONY: help demo test table bench matrix clean
+.PHONY: help demo test table bench matrix install-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,7 +12,8 @@ help:
 	@echo "make test   ruff, pyright and pytest"
 	@echo "make table  score every method on both bundled models, an hour without the stored answers, into docs/results"
 	@echo "make bench  time the selection, and the bundled model with and without it"
-	@echo "make matrix test the families on three releases of transformers, and with optional packages"
+	@echo "make matrix test the families on four releases of transformers, and with optional packages"
+	@echo "make install-check  install the wheel as a user would, with the newest releases, and try it"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -49,5 +50,8 @@ bench: $(VENV)/.runs
 matrix: | $(BIN)/python
 	$(BIN)/python tests/matrix.py
 
+install-check: $(VENV)/.runs
+	$(BIN)/python tests/install_check.py
+
 clean:
-	rm -rf $(VENV) .matrix .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .install .pytest_cache .ruff_cache .hypothesis

@@ -15,8 +15,8 @@ FLOORS = [
     {"methods", "models", "images", "picture", "plotting"},
     {"engine", "report"},
     {"run"},
-    {"measure", "zoo", "calibrate"},
-    {"ask"},
+    {"measure", "zoo", "calibrate", "promises"},
+    {"ask", "doctor"},
     {"evaluate", "analyze", "integrations"},
     {"cli", "commands"},
 ]

@@ -188,6 +188,8 @@ from visiontrim.methods import (
 from visiontrim.models import TextTower as TextTower
 from visiontrim.report import Report as Report
 from visiontrim.run import Run as Run
+from visiontrim.run import current as current
+from visiontrim.run import remove as remove
 from visiontrim.run import trim as trim
 
 __version__: str

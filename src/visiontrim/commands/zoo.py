@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from visiontrim.commands.options import Command
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class StageName(StrEnum):
     ship = "ship"
 
 
-@app.command(epilog="Example:  visiontrim zoo train --out runs/llava --stage vision")
+@app.command(cls=Command, epilog="Example:  visiontrim zoo train --out runs/llava --stage vision")
 def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of checkpoints, logs and the finished model.")],
     stage: Annotated[
@@ -55,7 +56,7 @@ class ModelName(StrEnum):
     qwen = "qwen"
 
 
-@app.command("eval", epilog="Example:  visiontrim zoo eval qwen --split 16x12 --scenes 20")
+@app.command("eval", cls=Command, epilog="Example:  visiontrim zoo eval qwen --split 16x12 --scenes 20")
 def evaluate(
     name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava or qwen.")] = ModelName.llava,
     split: Annotated[
@@ -116,7 +117,7 @@ def _print(scores: Scores, name: str, out: Path | None) -> None:
         out.write_text(json.dumps(known | {name: scores.to_dict()}, indent=1) + "\n")
 
 
-@app.command(epilog="Example:  visiontrim zoo phrases --scenes 20")
+@app.command(cls=Command, epilog="Example:  visiontrim zoo phrases --scenes 20")
 def phrases(
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes; every object of each is named.")] = 100,
     model: Annotated[
@@ -134,7 +135,7 @@ def phrases(
         print(f"| `{name}` | {found.phrases} | {found.area:.4f} | {found.hits:.1%} |")
 
 
-@app.command(epilog="Example:  visiontrim zoo card docs/results/llava.json")
+@app.command(cls=Command, epilog="Example:  visiontrim zoo card docs/results/llava.json")
 def card(
     results: Annotated[Path, typer.Argument(metavar="FILE", help="What `visiontrim zoo eval --out FILE` wrote.")],
 ) -> None:

@@ -40,7 +40,7 @@ from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
-from visiontrim.engine.upstream import Cache, Upstream, given_cache
+from visiontrim.engine.upstream import Cache, Upstream, given_cache, recomputes
 from visiontrim.models.family import Family
 
 
@@ -129,6 +129,8 @@ class LanguageStage:
             call.passes += 1
         call = call if call is not None and call.carries_vision else None
         use_cache = self._model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        if use_cache and call is not None and recomputes(self._model):
+            use_cache = kwargs["use_cache"] = False
         if call is not None and cache is None and use_cache:
             cache = kwargs[self._upstream.cache_name] = self._upstream.new_cache()
         trimmed = cache is not None and any(trimmed_layer(cache, index) for index in range(len(cache.layers)))

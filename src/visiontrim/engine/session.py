@@ -13,6 +13,7 @@ from visiontrim.core.method import Decoding, Method, Plan, Positions, Step
 from visiontrim.core.trace import Trace
 from visiontrim.engine.cache import plain_step
 from visiontrim.engine.call import Call
+from visiontrim.engine.checkpointing import InsideHooks
 from visiontrim.engine.context import Clock, Context
 from visiontrim.engine.contract import check_arguments, check_passed
 from visiontrim.engine.encoder import EncoderStage
@@ -91,6 +92,8 @@ class Session:
                 self._removers.append(end)
             for stage in self._stages:
                 self._removers += stage.attach()
+            self._inside = InsideHooks(model)
+            self._removers.append(self._inside)
             self._removers.append(Replaced(model, "generate", self._generate))
         except BaseException:
             self.detach()
@@ -136,6 +139,7 @@ class Session:
     def _begin_forward(self, module, args, kwargs):
         if self._quiet and plain_step(kwargs):
             return None
+        self._inside.refresh()
         ids = kwargs.get("input_ids", args[0] if args else None)
         pixels = given_pixels(kwargs)
         features = given_features(kwargs)

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import __version__, cache_utils, masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
@@ -65,6 +66,16 @@ def given_features(arguments: Mapping[str, Any]) -> bool:
 def given_pixels(arguments: Mapping[str, Any]) -> bool:
     """Whether keyword arguments bring images or videos that are still to be encoded."""
     return any(value is not None for name, value in arguments.items() if name.startswith("pixel_values"))
+
+
+def recomputes_hooks(module: nn.Module) -> bool:
+    """Whether gradient checkpointing calls ``module`` anew with its hooks, as before 5.23, not its forward alone."""
+    return hasattr(module, "gradient_checkpointing") and type(module).__call__ is not nn.Module.__call__
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether the backward pass will compute the layers of ``model`` anew, which then cache nothing."""
+    return getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
 
 
 class Upstream:

@@ -101,6 +101,7 @@ def evaluate(
     images: Images = None,
     scenes: Scenes = None,
     minutes: Minutes = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of the random control; their spread is told.")] = 5,
     out: Out = None,
     batch: Batch = 32,
     protocol: ProtocolName = "chat",
@@ -118,7 +119,7 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Score methods on questions, beside the plain model, random and uniform tokens; writes a report."""
+    """Score methods on questions, beside the plain model, random and uniform tokens and smaller pictures."""
     from visiontrim.evaluate import evaluation, output
     from visiontrim.evaluate.asking import Examiner
     from visiontrim.evaluate.log import NAME, Log, claimed
@@ -127,7 +128,7 @@ def evaluate(
     if listed:
         _list(as_json)
         return
-    blocks = _blocks(methods, keep, ablation)
+    blocks = _blocks(methods, keep, ablation, seeds)
     cells = _cells(blocks)
     how = chosen_protocol(protocol, template=template, pad=pad, suffix=suffix, guide=guide, max_new_tokens=answer)
     questions, folder = _questions(suite, split, scenes, images, out, "visiontrim-eval", frames)
@@ -205,18 +206,18 @@ def tune(
     print(folder / "frontier.png")
 
 
-def _blocks(methods: str, keep: str, ablation: str | None) -> list[Block]:
+def _blocks(methods: str, keep: str, ablation: str | None, seeds: int) -> list[Block]:
     from visiontrim.evaluate import evaluation
 
     if ablation is None:
         chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
-        return [evaluation.Block.comparison(chosen, amounts_of(keep))]
+        return [evaluation.Block.comparison(chosen, amounts_of(keep), seeds)]
     names = evaluation.ablations() if ablation == "all" else ablation.split(",")
     return [evaluation.ablation(name) for name in names]
 
 
 def _cells(blocks: list[Block]) -> list[Cell]:
-    cells = [cell for block in blocks for cell in block.cells]
+    cells = [cell for block in blocks for cell in block.asked]
     for cell in cells:
         cell.load()  # unknown names are told before anything is asked
     return cells

@@ -34,7 +34,10 @@ EVAL_EPILOG = "Example:  visiontrim eval --methods visiontrim,visionzip --keep 6
 TUNE_EPILOG = "Example:  visiontrim tune --data my.jsonl --target-retention 0.99 --methods visiontrim,visionzip"
 
 Methods = Annotated[
-    str, typer.Option(metavar="A,B[:K=V],...", help="Methods by name, with options, or all; controls are always there.")
+    str,
+    typer.Option(
+        metavar="A,B[:K=V],...", help="Methods by name, with options, all among them; controls are always there."
+    ),
 ]
 Keeps = Annotated[str, typer.Option(metavar="N,N,...", help="Budgets: vision tokens per decoder layer, in the mean.")]
 Out = Annotated[
@@ -178,7 +181,7 @@ def tune(
     from visiontrim.plotting import pyplot
 
     pyplot()  # told before the work, if it is missing
-    chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
+    chosen = _chosen(methods)
     cells = [Cell(method, amount) for amount in amounts_of(keep) for method in chosen]
     for cell in cells:
         cell.load()
@@ -210,10 +213,17 @@ def _blocks(methods: str, keep: str, ablation: str | None, seeds: int) -> list[B
     from visiontrim.evaluate import evaluation
 
     if ablation is None:
-        chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
+        chosen = _chosen(methods)
         return [evaluation.Block.comparison(chosen, amounts_of(keep), seeds)]
     names = evaluation.ablations() if ablation == "all" else ablation.split(",")
     return [evaluation.ablation(name) for name in names]
+
+
+def _chosen(methods: str) -> list[str]:
+    """The methods of a list, in which "all" stands for every method for single images."""
+    from visiontrim.evaluate.evaluation import all_methods
+
+    return [name for part in methods_of(methods) for name in (all_methods() if part == "all" else [part])]
 
 
 def _cells(blocks: list[Block]) -> list[Cell]:

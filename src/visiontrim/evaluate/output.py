@@ -11,7 +11,7 @@ from typing import Any
 
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.asking import PLAIN, Cell, Examiner
-from visiontrim.evaluate.benchmarks.base import Benchmark, save_lines, save_text
+from visiontrim.evaluate.benchmarks.base import Benchmark, save_json, save_lines, save_text
 from visiontrim.evaluate.evaluation import CONTROLS, Block, preamble
 from visiontrim.evaluate.evidence import evidence
 from visiontrim.evaluate.examples import examples
@@ -19,7 +19,7 @@ from visiontrim.evaluate.frontier import frontier
 from visiontrim.evaluate.report import Section, markdown, page, sections
 from visiontrim.evaluate.scores import Answers
 
-ANSWERS, UPLOADS = "answers", "uploads"
+ANSWERS, UPLOADS, SCORES = "answers", "uploads", "scores.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ def write(
             answers.score(cell).to_dict() for block in blocks for keep in block.keeps for cell in block.draws(keep)
         ],
     }
+    save_json(numbers, folder / SCORES, indent=1)
     return Written(markdown(title, text, found[:1] if illustrated else found), numbers, (*tables, folder / ANSWERS))
 
 

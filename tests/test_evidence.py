@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,3 +286,25 @@ def test_the_horizon_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert told["types"][0]["nothing_lost_from"] in (2, 7)
     assert "| layer | random | method | method over random |" in out
     assert Image.open(tmp_path / "h.png").width > 500
+
+
+def test_the_readme_gets_its_table_from_stored_scores():
+    root = Path(__file__).parent.parent
+    tables = runpy.run_path(str(root / "benchmarks" / "tables.py"))
+
+    def score(method: str, keep: int, retention: float | None, beats: bool | None) -> dict:
+        return {"method": method, "keep": keep, "retention": retention, "beats_reference": beats}
+
+    one = {"questions": 365, "groups": 44, "plain": {"score": 99.18}}
+    scores = [score("random", 64, 0.508, None), score("fastv", 64, None, None), score("visionzip", 64, 0.669, False)]
+    found = {name: one | {"scores": scores} for name in ("table", "hard", "canvases")}
+    text = tables["block"](found)
+    assert "| `random` | - | - | 50.8 | - | 50.8 | 50.8 |" in text
+    assert "| `visionzip` | - | - | 66.9 † | - | 66.9 † | 66.9 † |" in text
+    assert "`fastv`" not in text
+    assert "the plain model's 99.2 %, on 365 questions about 44" in text
+    readme = (root / "README.md").read_text()
+    written = tables["rewritten"](readme, text)
+    assert text in written
+    assert tables["rewritten"](written, text) == written
+    assert written.split(tables["BEGIN"])[0] == readme.split(tables["BEGIN"])[0]

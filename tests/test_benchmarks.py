@@ -185,6 +185,8 @@ def test_scienceqa_has_two_columns(read, tmp_path):
     benchmark.write(items, texts, tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["correct"], result["count"], result["results"]["1"], result["results"]["2"]) == (3, 6, 1, -1)
+    again = join(benchmark, items, read_given(tmp_path / "result.json"), tmp_path / "result.json")
+    assert again.texts == tuple(texts), "the result file reads as answers, too"
     (tmp_path / "scienceqa" / "llava_test_CQM-A.json").unlink()
     assert [i.question for i in benchmark.read(files)] == [i.question for i in items]
     (tmp_path / "scienceqa" / "problems.json").unlink()

@@ -1,6 +1,7 @@
-"""The README's table of accuracy, from what `make table` left in docs/results: python benchmarks/tables.py
+"""The README's table and the model card's figures, from what `make table` left: python benchmarks/tables.py
 
-It rewrites what stands between two marks of README.md. Rows of methods without stored scores are left out.
+It rewrites what stands between two marks of README.md and of the card. Rows of methods without stored scores are left
+out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from visiontrim.evaluate.validity import table, title
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -86,12 +89,16 @@ def rewritten(text: str, new: str) -> str:
     head, _, rest = text.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     if not mark:
-        raise SystemExit(f"README.md lacks the marks {BEGIN} and {END}")
+        raise SystemExit(f"the marks {BEGIN} and {END} are missing")
     return f"{head}{BEGIN}\n{new}\n{END}{tail}"
 
 
+def write(path: Path, new: str) -> None:
+    path.write_text(rewritten(path.read_text(encoding="utf-8"), new), encoding="utf-8")
+    print(path.relative_to(ROOT))
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    found = {name: stored(name) for name in ("table", "hard", "canvases")}
-    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), block(found)), encoding="utf-8")
-    print(f"{readme}, the table of {len(found)} evaluations")
+    write(ROOT / "README.md", block({name: stored(name) for name in ("table", "hard", "canvases")}))
+    figures = json.loads((RESULTS / "table" / "validity.json").read_text(encoding="utf-8"))
+    write(ROOT / "src" / "visiontrim" / "zoo" / "README.md", f"{title(figures)}\n\n{table(figures)}")

@@ -308,3 +308,5 @@ def test_the_readme_gets_its_table_from_stored_scores():
     assert text in written
     assert tables["rewritten"](written, text) == written
     assert written.split(tables["BEGIN"])[0] == readme.split(tables["BEGIN"])[0]
+    card = (root / "src" / "visiontrim" / "zoo" / "README.md").read_text()
+    assert "| x |" in tables["rewritten"](card, "| x |")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from visiontrim.commands import analyze, ask, bench, cost, evaluate, listing, reproduce, score, zoo
+from visiontrim.commands import analyze, ask, batch, bench, cost, evaluate, listing, reproduce, score, zoo
 from visiontrim.core.errors import TrimError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.command("eval", epilog=evaluate.EVAL_EPILOG)(evaluate.evaluate)
 app.command(epilog=score.EPILOG)(score.score)
 app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
 app.command(epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
+app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=cost.EPILOG)(cost.cost)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=analyze.EPILOG)(analyze.analyze)

@@ -30,7 +30,7 @@ def answered(
     processes: dict[Any, Any] = {}
     busy: dict[Any, int | None] = {}
     """What each worker is on; None: it loads its model."""
-    waiting = list(reversed(todo))
+    waiting: list[int] = list(reversed(todo))
     try:
         for _ in range(min(workers, len(todo))):
             ours, theirs = context.Pipe()
@@ -55,8 +55,8 @@ def answered(
                 if isinstance(said, TrimError):
                     raise said
                 if waiting:
-                    busy[pipe] = waiting.pop()
-                    pipe.send((busy[pipe], batches[busy[pipe]]))
+                    busy[pipe] = following = waiting.pop()
+                    pipe.send((following, batches[following]))
                 if number is not None:
                     yield number, said
     finally:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from echo import Echo
 from visiontrim import ask
 from visiontrim.cli import main
 from visiontrim.core.errors import TrimError
@@ -185,18 +186,6 @@ def test_runs_are_not_mixed(tmp_path):
     out.write_text("")
     with pytest.raises(TrimError, match="is there already"):
         Partial(out, {"keep": 64}, [1])
-
-
-class Echo:
-    """An answerer without a model, which dies of a row that says so."""
-
-    def make(self):
-        return self
-
-    def __call__(self, rows, number):
-        if rows == ["die"]:
-            os._exit(9)
-        return [number, *rows]
 
 
 def test_workers_answer_every_batch_and_one_that_dies_is_told():

@@ -6,12 +6,14 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visiontrim.core.errors import TrimError
-from visiontrim.serving.answerer import Settings
-from visiontrim.serving.answers import Answers
-from visiontrim.serving.rows import Row
+
+if TYPE_CHECKING:  # a worker loads torch once it makes its answerer, which need not be one with a model
+    from visiontrim.serving.answerer import Settings
+    from visiontrim.serving.answers import Answers
+    from visiontrim.serving.rows import Row
 
 
 def answered(

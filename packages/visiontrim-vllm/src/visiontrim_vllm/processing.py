@@ -20,7 +20,7 @@ from visiontrim_vllm.configuring import SEVERAL
 from visiontrim_vllm.options import KEY, Asked, Options
 
 ASKED, COUNTS = "visiontrim_asked", "visiontrim_counts"
-"""Fields of an image: what is asked for, as bytes; and its tokens, how many stay, and over how many positions it goes."""
+"""Fields of an image: what is asked for, as bytes; and its tokens, how many stay, over how many positions it goes."""
 
 
 class Trimming(MultiModalProcessor):
@@ -77,18 +77,16 @@ class Trimming(MultiModalProcessor):
         tokenizer, mark = self.info.get_tokenizer(), self._image_token
         last = max((place for place, token in enumerate(prompt) if token == mark), default=-1)
         text = tokenizer.decode(prompt[last + 1 :], skip_special_tokens=True).strip()
-        if last == len(prompt) - 1 and set(prompt) != {mark}:  # only vLLM's own dummies are nothing but images
+        rest = [token for token in prompt if token != mark]
+        if last == len(prompt) - 1 and tokenizer.decode(rest, skip_special_tokens=True).strip():
+            # vLLM's own dummies, which are nothing but images, may end so
             raise TrimError("the prompt ends in an image: put the question behind it")
         return text.removesuffix(self._opening).strip()
 
     @functools.cached_property
     def _image_token(self) -> int:
         config = self.info.get_hf_config()
-        return next(
-            token
-            for name in ("image_token_id", "image_token_index")
-            if (token := getattr(config, name, None)) is not None
-        )
+        return config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
 
     @functools.cached_property
     def _opening(self) -> str:

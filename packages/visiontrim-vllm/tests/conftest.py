@@ -83,12 +83,12 @@ def llava():
         zoo.MODEL_DIR,
         zoo.load(),
         {"method": "visiontrim", "keep": 64, "text_tower": str(zoo.CLIP_DIR)},
-        max_model_len=1280,
+        max_model_len=1024,
         max_num_seqs=8,
         max_num_batched_tokens=40,
         enable_chunked_prefill=True,
         block_size=32,
-        num_gpu_blocks_override=42,
+        num_gpu_blocks_override=34,
         limit_mm_per_prompt={"image": 2},
     )
     yield server

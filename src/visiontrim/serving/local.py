@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,7 @@ def _work(settings: Settings, pipe: Any) -> None:
         pipe.send(error)
         return
     pipe.send(None)
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the parent is gone
+        while True:
             number, rows = pipe.recv()
-        except EOFError:  # the parent is gone
-            return
-        pipe.send(answerer(rows, number))
+            pipe.send(answerer(rows, number))

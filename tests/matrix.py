@@ -60,7 +60,11 @@ def run(name: str) -> bool:
         subprocess.run([*pip, "--no-deps", "-r", PINNED[name]], check=True)
     shown = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
     versions = dict(
-        re.findall(r"^(transformers|torch|accelerate|bitsandbytes|gradio|lmms_eval|peft|ray|torchao) +(\S+)", shown, re.MULTILINE)
+        re.findall(
+            r"^(transformers|torch|accelerate|bitsandbytes|gradio|lmms_eval|peft|ray|torchao) +(\S+)",
+            shown,
+            re.MULTILINE,
+        )
     )
     start = time.monotonic()
     done = subprocess.run([python, "-m", "pytest", "-n", "auto", *tests], cwd=ROOT)

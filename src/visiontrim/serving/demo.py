@@ -15,7 +15,6 @@ from visiontrim.ask import Answer, Speaker, answer
 from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import list_methods
 
-STYLE = "footer {display: none} .numbers table {width: 100%}"
 WAITING = 16
 """Visitors that may wait."""
 
@@ -35,11 +34,13 @@ def page(speaker: Speaker, examples: Sequence[tuple[Image.Image, str]] = (), kee
                 said.append(answer(speaker, [image], question, method, budget, max_new_tokens=32))
         except TrimError as error:
             raise gr.Error(f"{error}.") from None
-        maps = [one.run.picture(image) for one in said]
-        return said[0].text, maps[0], _numbers(said[0]), said[1].text, maps[1], _numbers(said[1])
+        shown: list[Any] = []
+        for method, one in zip((first, second), said, strict=True):
+            shown += [gr.update(value=one.text, label=f"{method} answers"), one.run.picture(image), _numbers(one)]
+        return tuple(shown)
 
     methods = list(list_methods())
-    with gr.Blocks(title="visiontrim", css=STYLE) as blocks:
+    with gr.Blocks(title="visiontrim") as blocks:
         gr.Markdown(
             "## Fewer vision tokens, the same answer?\nClear squares are kept, tinted ones merged, dark ones gone."
         )
@@ -62,7 +63,7 @@ def page(speaker: Speaker, examples: Sequence[tuple[Image.Image, str]] = (), kee
                     outputs += [
                         gr.Textbox(label="Answer", elem_id=f"answer{number}"),
                         gr.Image(label="Token map", elem_id=f"map{number}", height=300),
-                        gr.Markdown(elem_id=f"numbers{number}", elem_classes="numbers"),
+                        gr.Markdown(elem_id=f"numbers{number}"),
                     ]
         if examples:
             gr.Examples([[picture, text] for picture, text in examples], [image, question], label="Try one of these")
@@ -75,7 +76,7 @@ def _numbers(said: Answer) -> str:
     report = said.run.report
     return "\n".join(
         (
-            "| | plain | kept |",
+            "| | plain | here |",
             "|---|---:|---:|",
             f"| vision tokens | {report.input_tokens:,.0f} | {report.kept_tokens:,.0f} |",
             f"| mean of layers | {report.input_tokens:,.0f} | {report.mean:,.1f} |",

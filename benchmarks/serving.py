@@ -1,4 +1,4 @@
-"""vLLM with 64 of 576 vision tokens against vLLM with all of them: ``.serving/bin/python benchmarks/serving.py OUT.json``.
+"""vLLM with 64 of 576 vision tokens against all of them: ``.serving/bin/python benchmarks/serving.py OUT.json``.
 
 Needs the environment of ``make serving``. A LLaVA with the tower of the bundled model and a random language model of 29
 million parameters stands behind two ``vllm serve`` on this machine, a thread each. Rounds take turns in random order;

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TABLE := all
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
-.PHONY: help demo test table table-standard table-hard table-canvases bench matrix install-check clean
+.PHONY: help demo test table table-standard table-hard table-canvases bench matrix serving install-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make bench  time the selection, and the bundled model with and without it"
 	@echo "make matrix test the families on four releases of transformers, and with optional packages"
 	@echo "make install-check  install the wheel as a user would, with the newest releases, and try it"
+	@echo "make serving test the plug-in for vLLM, in an environment of its own with vLLM for the CPU"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -64,5 +65,8 @@ matrix: | $(BIN)/python
 install-check: $(VENV)/.runs
 	$(BIN)/python tests/install_check.py
 
+serving: | $(BIN)/python
+	$(BIN)/python packages/visiontrim-vllm/environment.py .serving
+
 clean:
-	rm -rf $(VENV) .matrix .install .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .install .serving .pytest_cache .ruff_cache .hypothesis

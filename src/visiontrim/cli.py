@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from visiontrim.commands import analyze, ask, bench, cost, doctor, evaluate, listing, reproduce, score, zoo
+from visiontrim.commands import (
+    analyze,
+    ask,
+    batch,
+    bench,
+    cost,
+    demo,
+    doctor,
+    evaluate,
+    listing,
+    reproduce,
+    score,
+    serve,
+    zoo,
+)
 from visiontrim.commands.options import Command
 from visiontrim.core.errors import TrimError
 
@@ -44,6 +58,9 @@ app.command("eval", cls=Command, epilog=evaluate.EVAL_EPILOG)(evaluate.evaluate)
 app.command(cls=Command, epilog=score.EPILOG)(score.score)
 app.command(cls=Command, epilog=reproduce.EPILOG)(reproduce.reproduce)
 app.command(cls=Command, epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
+app.command(cls=Command, epilog=batch.EPILOG)(batch.batch)
+app.command(cls=Command, epilog=serve.EPILOG)(serve.serve)
+app.command(cls=Command, epilog=demo.EPILOG)(demo.demo)
 app.command(cls=Command, epilog=cost.EPILOG)(cost.cost)
 app.command(cls=Command, epilog=bench.EPILOG)(bench.bench)
 app.command(cls=Command, epilog=analyze.EPILOG)(analyze.analyze)

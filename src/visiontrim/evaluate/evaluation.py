@@ -38,11 +38,11 @@ LEFT_OUT = {
     "flashvid",
     "aot",
 }
+"""Not in "all": controls, which are there anyway, and methods that compare the frames of a video."""
 SEEDS = 5
 """Draws of ``random`` over a whole suite, whose spread is told."""
 SEED_STEP = 1_000
 """Between their seeds, to which the number of the batch is added."""
-"""Not in "all": controls, which are there anyway, and methods that compare the frames of a video."""
 
 Progress = Callable[[int, int, bool], None]
 """Is told how many steps are done, of how many, and whether the last one was work or came from the log."""

@@ -58,15 +58,20 @@ class MMTok(EncoderStep):
         return frozenset({"encoder.projected", "text.words"})
 
     def choose(self, view: View, count: int) -> Keep:
-        guided = "words" in view.text
-        rows = [self.of_words(view.text.words, view.encoder.projected)] if guided else []
         unit = F.normalize(view.features.float(), dim=-1)
-        of_patches = unit @ unit.mT
+        batch, tokens = unit.shape[:2]
+        guided = "words" in view.text
+        words = view.text.words.tokens.shape[1] if guided else 0
+        rows = unit.new_empty(batch, words + tokens, tokens)
+        if guided:
+            rows[:, :words] = self.of_words(view.text.words, view.encoder.projected)
+        of_patches = rows[:, words:]
+        of_patches.copy_(unit @ unit.mT)
         # a softmax, in place: no other of these numbers is as large by far
         of_patches.div_(self.image_temperature).sub_(of_patches.amax(-1, keepdim=True)).exp_()
-        share = (self.image_weight if guided else 1.0) / unit.shape[1]
+        share = (self.image_weight if guided else 1.0) / tokens
         of_patches.mul_(share / of_patches.sum(-1, keepdim=True))
-        return Keep(coverage_picks(of_patches, count, *rows).sort(1).values)
+        return Keep(coverage_picks(rows, count).sort(1).values)
 
     def of_words(
         self, words: Text, projected: Float[Tensor, "batch tokens width"]

@@ -14,7 +14,8 @@ from visiontrim.ops.select import gather
 SIMILARITIES = 1 << 22
 """Similarities that are held at a time (16 MB)."""
 NEAREST = 64
-"""Tokens most like each that :func:`thin_out` looks at first."""
+"""Tokens most like each that :func:`thin_out` looks at first in lists longer than ``SHORT``."""
+SHORT = 1024
 
 
 def max_min_picks(features: Float[Tensor, "batch tokens dim"], count: int) -> Int[Tensor, "batch {count}"]:
@@ -104,31 +105,46 @@ def thin_out(
     tokens with the highest cosine to their nearest one in b, and goes on with the rest of a, most similar first,
     followed by b. Returns the tokens in the order of the last list. float32, or float64 if ``features`` are.
 
-    As many rounds as that takes: how a list is dealt out hangs on the round before. The nearest one in b is looked for
-    among the ``NEAREST`` tokens most like each, found anew whenever the list is half as long; if once it was not among
-    them, everything is done again with all cosines, for which the host waits. All pairs are compared, so work grows
-    with the square of the tokens.
+    As many rounds as that takes: how a list is dealt out hangs on the round before. In lists longer than ``SHORT`` the
+    nearest one in b is looked for among the ``NEAREST`` tokens most like each, found anew whenever the list is half as
+    long; if once it was not among them, which the host asks at the end, all is done again with all cosines. All pairs
+    are compared, so work grows with the square of the tokens.
     """
     if count == 0 or count == order.shape[1]:
         return order[:, :count]
     unit = F.normalize(gather(features, order).to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    places, missed = _thinned(unit, count, drop, NEAREST)
-    if bool(missed):
-        places, _ = _thinned(unit, count, drop, order.shape[1])
-    return order.gather(1, places)
+    if order.shape[1] > SHORT:
+        places, missed = _thinned_by_nearest(unit, count, drop)
+        if not bool(missed):
+            return order.gather(1, places)
+    return order.gather(1, _thinned(unit, count, drop))
 
 
-def _thinned(
-    unit: Float[Tensor, "batch listed dim"], count: int, drop: int, known: int
+def _thinned(unit: Float[Tensor, "batch listed dim"], count: int, drop: int) -> Int[Tensor, "batch {count}"]:
+    """What is left, by all cosines."""
+    cosine, length = (unit @ unit.mT).flatten(1), unit.shape[1]
+    places = torch.arange(length, device=unit.device).expand(len(unit), -1)  # in the list
+    while places.shape[1] > count:
+        a, b = places[:, ::2], places[:, 1::2]
+        pairs = (a[:, :, None] * length + b[:, None]).flatten(1)
+        nearest = cosine.gather(1, pairs).view(*a.shape, -1).amax(-1)
+        ranked = a.gather(1, nearest.sort(dim=1, descending=True, stable=True).indices)
+        gone = min(drop, places.shape[1] - count, a.shape[1])
+        places = torch.cat([ranked[:, gone:], b], 1)
+    return places
+
+
+def _thinned_by_nearest(
+    unit: Float[Tensor, "batch listed dim"], count: int, drop: int
 ) -> tuple[Int[Tensor, "batch {count}"], Bool[Tensor, ""]]:
-    """What is left, and whether the ``known`` nearest tokens of one were once not enough to go by."""
+    """What is left, by the tokens most like each, and whether these were once not enough to go by."""
     batch, length = unit.shape[:2]
     places = torch.arange(length, device=unit.device).expand(batch, -1)  # in the list
     missed = torch.zeros((), dtype=torch.bool, device=unit.device)
     while places.shape[1] > count:
         # from here on in terms of this part of the list
         part, start = gather(unit, places), places
-        value, nearest = _most_similar(part, min(known, part.shape[1] - 1))
+        value, nearest = _most_similar(part, min(NEAREST, part.shape[1] - 1))
         places, half = torch.arange(part.shape[1], device=unit.device).expand(batch, -1), part.shape[1] // 2
         while places.shape[1] > max(count, half):
             a, b = places[:, ::2], places[:, 1::2]

@@ -13,8 +13,9 @@ image alone is covered.
 Every patch stands for every patch, so work and memory grow with the square of the patches.
 
 Differences: all tokens of the question are its words, as the released code does on Qwen; for LLaVA it drops articles,
-pronouns, auxiliaries and prompts for the answer's format first. Patches of padding are no special case: transformers'
-LLaVA crops where the original pads.
+pronouns, auxiliaries and prompts for the answer's format first. On Qwen the original covers the patches before the
+merger, four of them averaged for a token; here the merged tokens, which is what a method is shown. Patches of padding
+are no special case: transformers' LLaVA crops where the original pads.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from visiontrim.methods.matching import Matching
 
 KEEP, WORDS, WIDTH, LANGUAGE, HEADS, FRAME = 64, 24, 1024, 4096, 16, 196
 STOPS = {"_local_scalar_dense", "nonzero", "is_nonzero", "unique2", "_unique2", "masked_select"}
-VIDEO = {"dycoke", "evs", "fastvid", "holitom", "st-gridpool", "vidcom2"}
+VIDEO = {"aot", "dycoke", "evs", "fastvid", "flashvid", "holitom", "st-gridpool", "v-cast", "vidcom2"}
 
 
 class Counted(TorchDispatchMode):
@@ -91,6 +91,8 @@ def signal(need: Signal, tokens: int, grid: tuple[int, int, int], inside: bool) 
             return torch.rand(1, 32, WORDS, tokens) / tokens
         case "previous" | "next_normed":
             return torch.randn(1, tokens, LANGUAGE)
+        case "mean_rotary":
+            return torch.rand(1, tokens, 2)
         case "query":
             return torch.randn(1, LANGUAGE)
         case "values":

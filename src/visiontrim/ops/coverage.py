@@ -43,11 +43,14 @@ def _all_rows(coverage: Float[Tensor, "batch rows tokens"], count: int) -> Int[T
 def _changed_rows(coverage: Float[Tensor, "rows tokens"], count: int) -> Int[Tensor, " {count}"]:
     """The same for one image, with what a pick changes alone."""
     covered, gain = coverage.new_zeros(len(coverage)), coverage.sum(0, dtype=torch.float64)
-    nothing = 1e-12 * gain.max()  # what adding and taking away may leave of a gain of 0
-    picks = []
+    little = 1e-9 * float(gain.max())  # adding and taking away leaves errors of 1e-15
+    picks: list[int] = []
     for _ in range(count):
-        gain.masked_fill_(gain.abs() < nothing, 0.0)
         pick = int(gain.argmax())
+        if gain[pick] < little:
+            gain = (coverage - covered[:, None]).clamp_(min=0).sum(0, dtype=torch.float64)
+            gain[picks] = -torch.inf
+            pick = int(gain.argmax())
         picks.append(pick)
         column = coverage[:, pick]
         better = (column > covered).nonzero()[:, 0]

@@ -8,7 +8,9 @@ away, each next one the patch farthest from its nearest pick. They go on in rast
 Published: 9.8 % of the patches, which matches the FLOPs of other methods; 192, 128, 64 by others.
 
 Differences: the authors' tables were made with the picks in the order of their choice, their released code sorts them,
-as here. Distances are float32 (half precision there, which may pick a patch twice).
+as here. Distances are float32 (half precision there, which may pick a patch twice). On LLaVA-NeXT it chooses once among
+the patches of overview and tiles together, newlines included; here each segment has its share, and of 320 of 2,880
+tokens 224 to 231 are the same.
 """
 
 from __future__ import annotations

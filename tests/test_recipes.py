@@ -163,7 +163,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 OPTIONS = st.sampled_from(sorted({field for cls in vt.list_methods().values() for field in cls().to_dict()}))
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @QUICK

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from visiontrim.commands.options import Answer, Json, Keeps, Methods, Size, Text, console, every, size_of
+from visiontrim.commands.options import MOST, Answer, Json, Keeps, Methods, Size, Text, console, every, size_of
 
 if TYPE_CHECKING:
     from visiontrim.measure.cost import Cost
@@ -30,7 +30,7 @@ def cost(
     keep: Keeps = [],  # noqa: B006
     text: Text = 60,
     answer: Answer = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time, each with one picture.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Prompts at a time, each with one picture.")] = 1,
     size: Size = None,
     as_json: Json = False,
     show: Annotated[bool, typer.Option("--list", help="List the presets and stop.")] = False,

@@ -64,8 +64,10 @@ Keeps = Annotated[
         "Default: the method's.",
     ),
 ]
-Text = Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")]
-Answer = Annotated[int, typer.Option(min=1, help="Tokens of the answer.")]
+MOST = 10**12
+"""Tokens and prompts that are counted: a number beyond is a slip."""
+Text = Annotated[int, typer.Option(min=4, max=MOST, help="Text tokens of the prompt.")]
+Answer = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of the answer.")]
 Size = Annotated[
     str | None,
     typer.Option(

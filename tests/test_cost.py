@@ -146,9 +146,11 @@ def test_no_number_is_too_large_to_count():
 
 
 def test_a_formula_that_does_not_hold_is_not_used(monkeypatch):
-    monkeypatch.setattr("visiontrim.measure.cost._layers", lambda family: list(family.language_model.layers)[:1] * 8)
-    costs(Shape.load("bundled"), [NONE], text=61)
-    monkeypatch.setattr("visiontrim.measure.cost._heads", lambda family: (1, 1))
+    strange = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(
+        "visiontrim.measure.cost._layers", lambda family: [*list(family.language_model.layers)[:7], strange]
+    )
+    costs(Shape.load("bundled"), [NONE], text=60)
     with pytest.raises(vt.TrimError, match="the formula knows nothing: give at most 60 text tokens"):
         costs(Shape.load("bundled"), [NONE], text=61)
 

@@ -98,8 +98,14 @@ def test_impossible_keep(model, keep):
 
 @pytest.mark.parametrize("method", ["visiontrim", "random", "uniform"])
 def test_more_than_the_image_has(model, inputs, method):
-    with pytest.raises(vt.TrimError, match=r"keep=17 but the image has 16 vision tokens: give at most 16"):
-        answer(model, inputs, method, keep=17)
+    """A number is one at most: the picture passes whole, and the report says so."""
+    ours, run = answer(model, inputs, method, keep=17)
+    assert torch.equal(ours, answer(model, inputs, "none")[0])
+    assert run.report.kept_tokens == 16
+    (note,) = run.report.notes
+    assert "no more than keep=17 tokens and pass" in note
+    assert note in str(run.report)
+    assert answer(model, inputs, method, keep=15)[1].report.notes == ()
 
 
 @pytest.mark.parametrize(

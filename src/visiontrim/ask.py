@@ -67,12 +67,14 @@ class Answer:
         return {
             "answer": self.text,
             "tokens": {
+                "images": report.images,
                 "input": report.input_tokens,
                 "kept": report.kept_tokens,
                 "per_layer": list(report.per_layer),
                 "mean": report.mean,
             },
             "kv_bytes": report.kv_bytes,
+            "notes": list(report.notes),
             "seconds": dict(self.seconds),
             "method": self.run.method.to_dict(),
             "trace": {
@@ -90,8 +92,9 @@ class Answer:
         whole, part = plain.run.report, self.run.report
         table = Table("", "plain", str(self.run.method), "saved")
         table.add_row("answer", plain.text, self.text, "")
-        table.add_row(*row("vision tokens in", whole.kept_tokens, part.kept_tokens, ""))
-        table.add_row(*row("mean per layer", whole.mean, part.mean, "", 1))
+        each = f", of each of {part.images} images" if part.images > 1 else ""  # the cache is that of all
+        table.add_row(*row(f"vision tokens in{each}", whole.kept_tokens, part.kept_tokens, ""))
+        table.add_row(*row(f"mean per layer{each}", whole.mean, part.mean, "", 1))
         table.add_row(*row("KV cache", whole.kv_bytes / 1e6, part.kv_bytes / 1e6, "MB", 2))
         for phase, seconds in self.seconds.items():
             before = 0.0 if phase == "method" else plain.seconds[phase]  # the plain model has no method

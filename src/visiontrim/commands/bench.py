@@ -26,6 +26,7 @@ from visiontrim.commands.options import (
     every,
     size_of,
 )
+from visiontrim.commands.progress import Progress
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def bench(
     """
     import torch
 
+    from visiontrim.evaluate.benchmarks.base import save_text
     from visiontrim.images import check_output
     from visiontrim.measure.bench import Load, environment
     from visiontrim.measure.bench import bench as run
@@ -98,12 +100,13 @@ def bench(
         "cpu_time": cpu_time,
     }
     told |= {"when": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(subject.model)}
-    told["batches"] = [
-        {"batch": rows, "rows": run(subject, chosen, Load(rows, text, answer, rounds, cpu_time=cpu_time))}
-        for rows in batch
-    ]
-    if out is not None:
-        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    told["batches"] = []
+    for rows in batch:
+        load = Load(rows, text, answer, rounds, cpu_time=cpu_time)
+        found = run(subject, chosen, load, Progress(f"calls, batch {rows}"))
+        told["batches"].append({"batch": rows, "rows": found})
+        if out is not None:  # after every batch: what is measured is kept
+            save_text(json.dumps(told, indent=1) + "\n", out)
     if plot is not None:
         from visiontrim.measure.plot import time_against_tokens
 

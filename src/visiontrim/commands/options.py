@@ -135,9 +135,14 @@ def load_speaker(
     return load(model, text_tower=text_tower, device=device, dtype=dtype.value)
 
 
-def check_file(path: Path, option: str) -> None:
-    """Raise :class:`TrimError` where ``path`` cannot be written, as far as that can be told before the work."""
-    if path.is_dir():
+def check_file(path: Path, option: str, folder: bool = False) -> None:
+    """Raise :class:`TrimError` where ``path`` cannot be written, as far as that can be told before the work.
+
+    ``folder`` says that it will be one.
+    """
+    if folder and path.is_file():
+        raise TrimError(f"{option} {path} is a file: give the name of a folder")
+    if path.is_dir() and not folder:
         raise TrimError(f"{option} {path} is a folder: give the name of a file")
     if not path.parent.is_dir():
         raise TrimError(f"{option} {path}: {path.parent} is no folder: create it first, or write somewhere else")

@@ -176,6 +176,19 @@ def test_map(cli, scene, tmp_path):
         assert picture.width == 768
 
 
+def test_a_map_names_method_budget_and_question(cli, scene, tmp_path, monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr("visiontrim.picture.captioned", lambda image, text: written.append(text) or image)
+    assert cli("map", scene, QUESTION, "-o", tmp_path / "a.png", "--keep", "32")[0] == 0
+    assert cli("ask", scene, QUESTION, "--map", tmp_path / "b.png", "--method", "random:seed=3")[0] == 0
+    assert cli("map", scene, QUESTION, "-o", tmp_path / "c.png", "--methods", "random,uniform")[0] == 0
+    assert written == [
+        f"visiontrim:keep=32, asked {QUESTION!r}",
+        f"random:keep=64,seed=3, asked {QUESTION!r}",
+        f"asked {QUESTION!r}",
+    ]
+
+
 def test_methods(cli):
     code, out, err = cli("methods")
     assert (code, err) == (0, "")

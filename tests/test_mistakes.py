@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import official
 from visiontrim import zoo
 from visiontrim.cli import main
 from visiontrim.core.errors import TrimError
@@ -224,6 +225,44 @@ OPTIONS = [
 @pytest.mark.parametrize(("arguments", "words"), OPTIONS, ids=[" ".join(given)[-40:] for given, _ in OPTIONS])
 def test_options_that_cannot_work(cli, arguments, words):
     assert words in one_sentence(cli(*arguments))
+
+
+def test_outputs_of_every_command_are_checked_before_the_work(cli, tmp_path, monkeypatch):
+    official.pope(tmp_path)
+    official.mme(tmp_path)
+    (tmp_path / "file").write_text("[]")
+    monkeypatch.setattr("visiontrim.ask.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("visiontrim.zoo.loading.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    answers = tmp_path / "none.jsonl"
+    for arguments, words in (
+        ((*ASK, "--map", tmp_path / "no" / "k.png"), "is no folder"),
+        (("score", f"pope:{tmp_path}", answers, "--upload", tmp_path / "no" / "u.jsonl"), "is no folder"),
+        (("score", f"mme:{tmp_path}", answers, "--upload", tmp_path / "file"), "is a file: give the name of a folder"),
+        (("zoo", "eval", "--out", tmp_path / "no" / "z.json"), "is no folder"),
+        (("zoo", "eval", "--out", tmp_path / "file"), "holds no scores, but a list"),
+        (("zoo", "card", tmp_path / "file"), "holds no scores, but a list"),
+    ):
+        assert words in one_sentence(cli(*arguments))
+
+
+def test_bench_keeps_every_batch_and_tells_how_far_it_is(cli, tmp_path, monkeypatch):
+    """Stopped in the second of two, it has written the first."""
+    steps = []
+
+    def measured(subject: object, methods: object, load: object, progress: Callable[[int, int], None]) -> list:
+        if load.batch == 2:  # pyright: ignore[reportAttributeAccessIssue]
+            raise KeyboardInterrupt
+        progress(1, 2)
+        steps.append(load)
+        return []
+
+    monkeypatch.setattr("visiontrim.measure.bench.bench", measured)
+    out = tmp_path / "bench.json"
+    code, _, err = cli("bench", "--batch", "1", "--batch", "2", "--out", out, "--device", "cpu")
+    assert code == 130
+    assert err.count("\n") == 2
+    assert [batch["batch"] for batch in json.loads(out.read_text())["batches"]] == [1]
+    assert len(steps) == 1
 
 
 def test_a_text_model_costs_nothing_here(cli, tmp_path):

@@ -80,13 +80,14 @@ class Report:
         """The numbers beside those of the uncompressed prompt, for rich."""
         table = Table("", "plain", self.method, "of plain", title=None)
         rows = [
-            (f"vision tokens in{self._each}", self.input_tokens, self.kept_tokens, _count),
-            (f"mean per layer{self._each}", self.input_tokens, self.mean, _count),
-            ("KV cache after prefill", self.kv_bytes_plain, self.kv_bytes, _bytes),
-            ("prefill FLOPs (decoder)", self.flops_plain, self.flops, _flops),
+            (f"vision tokens in{self._each}", self.input_tokens, self.kept_tokens, ""),
+            (f"mean per layer{self._each}", self.input_tokens, self.mean, ""),
+            ("KV cache after prefill", self.kv_bytes_plain, self.kv_bytes, "B"),
+            ("prefill FLOPs (decoder)", self.flops_plain, self.flops, "FLOP"),
         ]
         for name, plain, ours, unit in rows:
-            table.add_row(name, unit(plain), unit(ours), f"{ours / plain:.1%}" if plain else "-")
+            cells = [scaled(one, unit, plain) if unit else _count(one) for one in (plain, ours)]
+            table.add_row(name, *cells, f"{ours / plain:.1%}" if plain else "-")
         for column in table.columns[1:]:
             column.justify = "right"
         return table
@@ -104,8 +105,8 @@ class Report:
         parts = (
             self.method,
             f"{tokens}, mean {self.mean:.1f} per layer{' and image' if self.images > 1 else ''}",
-            f"KV {_bytes(self.kv_bytes_plain)} -> {_bytes(self.kv_bytes)}",
-            f"prefill {_flops(self.flops_plain)} -> {_flops(self.flops)}",
+            f"KV {_both(self.kv_bytes_plain, self.kv_bytes, 'B')}",
+            f"prefill {_both(self.flops_plain, self.flops, 'FLOP')}",
             *self.notes,
         )
         return " | ".join(parts)
@@ -193,18 +194,16 @@ def _count(tokens: float) -> str:
     return f"{tokens:.0f}" if tokens == int(tokens) else f"{tokens:.1f}"
 
 
-def _bytes(number: float) -> str:
-    return scaled(number, "B")
+def _both(plain: float, ours: float, unit: str) -> str:
+    """Two numbers that are compared have one unit."""
+    return f"{scaled(plain, unit).partition(' ')[0]} -> {scaled(ours, unit, plain)}"
 
 
-def _flops(number: float) -> str:
-    return scaled(number, "FLOP")
-
-
-def scaled(number: float, unit: str) -> str:
-    """``number`` to three digits, with a prefix of ``unit`` in powers of 1000."""
+def scaled(number: float, unit: str, like: float | None = None) -> str:
+    """``number`` to three digits, with a prefix of ``unit`` in powers of 1000: that of ``like``, or its own."""
+    size = number if like is None else like
     for prefix in ("", "k", "M", "G", "T"):
-        if number < 1000 or prefix == "T":
+        if size < 1000 or prefix == "T":
             return f"{number:.3g} {prefix}{unit}" if prefix else f"{number:.0f} {unit}"
-        number /= 1000
+        number, size = number / 1000, size / 1000
     raise AssertionError("unreachable")

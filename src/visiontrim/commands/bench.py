@@ -193,6 +193,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     )
     for name in names:
         table.add_column(name, justify="right")
+    largest = {key: max(row[key] for row in rows) for key in ("kv_bytes", "peak_bytes")}  # a unit for each column
     for row in rows:
         times = [f"{1e3 * median:.4g}" for _, median, _ in row["seconds"].values()]
         ideal = row.get("ideal_of_ours")
@@ -202,7 +203,6 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
             *times,
             f"{row['of_plain']['total'][1]:.3f}",
             f"{ideal['total'][1]:.3f}" if ideal else "",
-            scaled(row["kv_bytes"], "B"),
-            scaled(row["peak_bytes"], "B"),
+            *(scaled(row[key], "B", of) for key, of in largest.items()),
         )
     return table

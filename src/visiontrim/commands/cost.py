@@ -87,7 +87,10 @@ def _table(title: str, plain: Cost, ours: list[Cost]) -> Table:
         before, cells = getattr(plain, key), []
         for one in ours:
             after = getattr(one, key)
-            cells += [scaled(after, unit) if unit else f"{after:.4g}", f"{after / before:.1%}" if before else "-"]
+            cells += [
+                scaled(after, unit, before) if unit else f"{after:.4g}",
+                f"{after / before:.1%}" if before else "-",
+            ]
         table.add_row(title, scaled(before, unit) if unit else f"{before:.4g}", *cells)
     return table
 

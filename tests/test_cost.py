@@ -120,6 +120,41 @@ def test_the_formula_is_what_torch_counts_in_other_families(name, picture):
     assert cost.kv_answer == cached
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["none", "visiontrim", "fastv", "tome:keep=144", "dymu:keep=144,unmerge=true", "luvc", "dycoke:view_layer=3"],
+)
+def test_further_text_is_arithmetic(monkeypatch, method):
+    """What a longer prompt costs by the formula is what is counted where all of it runs."""
+    shape, chosen = Shape.load("bundled"), [vt.load_method(method)]
+    ours = costs(shape, chosen, text=150, answer=3, batch=2)
+    monkeypatch.setattr("visiontrim.measure.cost.SAMPLE", 150)
+    assert costs(shape, chosen, text=150, answer=3, batch=2) == ours
+
+
+def test_no_number_is_too_large_to_count():
+    plain = json.loads(
+        CliRunner()
+        .invoke(
+            app, ["cost", "bundled", "--text", "100000000", "--answer", "1000000000000", "--batch", "1000000", "--json"]
+        )
+        .stdout
+    )["plain"]
+    layers, token = 8, plain["kv_vision"] // (8 * 576)  # bytes of a token in a layer, of the whole batch
+    assert plain["kv_prompt"] == layers * token * (100_000_000 + 576)
+    assert plain["kv_answer"] == layers * token * (100_000_000 + 576 + 10**12 - 1)
+
+
+def test_a_formula_that_does_not_hold_is_not_used(monkeypatch):
+    strange = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(
+        "visiontrim.measure.cost._layers", lambda family: [*list(family.language_model.layers)[:7], strange]
+    )
+    costs(Shape.load("bundled"), [NONE], text=60)
+    with pytest.raises(vt.TrimError, match="the formula knows nothing: give at most 60 text tokens"):
+        costs(Shape.load("bundled"), [NONE], text=61)
+
+
 def test_the_command():
     told = CliRunner().invoke(app, ["cost", "bundled", "--method", "fastv", "--keep", "300", "--keep", "0.5", "--json"])
     content = json.loads(told.stdout)
@@ -138,7 +173,6 @@ def test_the_command():
         (["llava-1.5-7b", "--size", "100x100"], "336 x 336"),
         (["qwen2.5-vl-3b", "--size", "100x100"], "units of 28 x 28"),
         (["internvl3-2b", "--size", "448x448x2"], "a video as images"),
-        (["bundled", "--text", "2"], "at least 4"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visiontrim.commands.options import Command
+from visiontrim.commands.options import Command, check_file
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ def evaluate(
     import torch
 
     torch.set_num_threads(threads)
+    if out is not None:
+        check_file(out, "--out")
+        _known(out)
     if name is ModelName.qwen:
         _evaluate_qwen(split, scenes, keep, model, control_scenes, out)
         return
@@ -115,8 +118,20 @@ def _evaluate_qwen(
 def _print(scores: Scores, name: str, out: Path | None) -> None:
     print(f"### {scores.title(name)}\n\n{scores.table()}\n")
     if out is not None:
-        known = json.loads(out.read_text()) if out.exists() else {}
-        out.write_text(json.dumps(known | {name: scores.to_dict()}, indent=1) + "\n")
+        from visiontrim.evaluate.benchmarks.base import save_text
+
+        save_text(json.dumps(_known(out) | {name: scores.to_dict()}, indent=1) + "\n", out)
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """Scores that are there already."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise TrimError(f"{file} holds no scores ({error}): give another file") from error
+    if not isinstance(known, dict):
+        raise TrimError(f"{file} holds no scores, but a {type(known).__name__}: give another file")
+    return known
 
 
 @app.command(cls=Command, epilog="Example:  visiontrim zoo phrases --scenes 20")
@@ -210,9 +225,13 @@ def card(
 
     if not results.exists():
         raise TrimError(f"there is no {str(results)!r}: write it with `visiontrim zoo eval --out {results}`")
-    stored = json.loads(results.read_text())
+    stored = _known(results)
     if "ranks" in stored:
         print(f"{figures.title(stored)}\n\n{figures.table(stored)}")
         return
     for name, data in stored.items():
-        _print(Scores.from_dict(data), name, out=None)
+        try:
+            scores = Scores.from_dict(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrimError(f"{results} holds no scores of {name!r} ({type(error).__name__} {error})") from error
+        _print(scores, name, out=None)

@@ -65,8 +65,8 @@ class View:
         """Tokens of this segment that ``keep`` means, at least 1.
 
         A fraction is one ``of`` that many tokens (None: of those that arrive here). A number is meant for the whole
-        image, whose segments share it in proportion to their size. Raises :class:`TrimError` for more tokens than there
-        are, and for fewer than one a segment.
+        image, at most, whose segments share it in proportion to their size. Raises :class:`TrimError` for fewer than
+        one a segment.
         """
         of = self.features.shape[1] if of is None else of
         if isinstance(keep, float) or self.whole is None:

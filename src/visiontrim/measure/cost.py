@@ -28,6 +28,8 @@ from visiontrim.run import trim
 
 _WEIGHTED = (F.linear, F.conv2d, F.conv3d)
 """Functions that multiply with a weight [channels out, ...]."""
+SAMPLE = 60
+"""Text tokens that the stand-in reads at most; what further ones cost is arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +134,16 @@ def costs(
         torch.manual_seed(seed)
         standin = family_of(shape.narrow().build("cpu", torch.float32, "sdpa"))
     real = family_of(shape.build("meta", shape.dtype))
-    inputs = noise_prompt(standin, shape.picture, text, 1, seed)
-    return [_cost(real, standin, inputs, method, answer, batch) for method in methods]
+    counted = min(text, SAMPLE)
+    inputs = noise_prompt(standin, shape.picture, counted, 1, seed)
+    return [_cost(real, standin, inputs, method, answer, batch, text - counted) for method in methods]
 
 
 @torch.inference_mode()
-def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: Method, answer: int, batch: int) -> Cost:
+def _cost(
+    real: Family, standin: Family, inputs: Mapping[str, Tensor], method: Method, answer: int, batch: int, more: int
+) -> Cost:
+    """``more`` text tokens than ``inputs`` have are counted by the formula that what runs has to agree with."""
     counter = Counter(real, standin)
     with trim(standin.model, method, clock=counter) as run, counter:
         standin.model(**inputs, use_cache=True, logits_to_keep=1)
@@ -147,7 +153,21 @@ def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: M
     heads, head_dim = _heads(real)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     token = 2 * kv_heads * head_dim * real.model.dtype.itemsize  # bytes of a token in one layer
-    weights = [parameter for parameter in real.language_model.layers.parameters() if parameter.ndim > 1]
+    weights = [parameter for layer in _layers(real) for parameter in layer.parameters() if parameter.ndim > 1]
+    if more:
+        trace, wide = run.trace, 4 * heads * head_dim
+        sizes = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in _layers(real)]
+        rows = list(zip(sizes, trace.widths, trace.attended, cached, strict=True))
+        if sum(2 * size * width + wide * queries * keys for size, width, queries, keys in rows) != flops["decoder"]:
+            raise TrimError(
+                f"{real.model.config.model_type} has decoder layers of which the formula knows nothing: give at most "
+                f"{SAMPLE} text tokens"
+            )
+        flops["decoder"] = sum(
+            2 * size * (width + more) + wide * (queries + more) * (keys + more) for size, width, queries, keys in rows
+        )
+        cached = tuple(length + more for length in cached)
+        text += more
     steps = answer - 1
     keys = sum(steps * length + steps * (steps + 1) // 2 for length in cached)
     step = 2 * sum(weight.numel() for weight in weights) + 2 * real.model.lm_head.weight.numel()
@@ -163,6 +183,10 @@ def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: M
         kv_prompt=batch * token * sum(cached),
         kv_answer=batch * token * (sum(cached) + len(cached) * steps),
     )
+
+
+def _layers(family: Family) -> list[Any]:
+    return list(family.language_model.layers)
 
 
 def _heads(family: Family) -> tuple[int, int]:

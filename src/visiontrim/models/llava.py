@@ -79,6 +79,12 @@ class LlavaLike(Family):
                 f"vision_feature_layer={config.vision_feature_layer} concatenates layers, and it is open which one's "
                 "attention should rank their tokens: use a single layer"
             )
+        states = config.vision_config.num_hidden_layers + 1
+        if not -states <= config.vision_feature_layer < states:
+            raise TrimError(
+                f"vision_feature_layer={config.vision_feature_layer}, but the encoder has {states - 1} layers: its "
+                f"configuration is damaged; give {-states} to {states - 1}"
+            )
 
 
 @register_family

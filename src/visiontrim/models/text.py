@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, Proc
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.signals import Text
+from visiontrim.models.checkpoints import loaded, whole
 from visiontrim.models.family import Family
 
 Reader = ProcessorMixin | PreTrainedTokenizerBase
@@ -65,7 +66,8 @@ class TextTower(Guidance):
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs) -> TextTower:
         """Load a CLIP checkpoint by hub name or directory, for instance ``openai/clip-vit-large-patch14-336``."""
-        return cls(CLIPModel.from_pretrained(name, **kwargs).eval(), AutoTokenizer.from_pretrained(name))
+        model = whole("text tower", name, CLIPModel.from_pretrained, **kwargs).eval()
+        return cls(model, loaded("tokenizer of the text tower", name, AutoTokenizer.from_pretrained))
 
     def check_fits(self, family: Family) -> None:
         """Raise :class:`TrimError` if the joint space cannot be the one of the VLM's vision encoder."""

@@ -58,7 +58,11 @@ TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 QWEN_VISION = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4}
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention", "full_attention", "linear_attention"]
+HYBRID = ("qwen3_5", "qwen3_5_moe")
 BIDIRECTIONAL = ("paligemma", "paligemma2", "gemma3")
+LEAN = HYBRID
+"""Families that tests run with one plan and one attention, because a relative of theirs has all."""
 WITH_GRIDS = ("qwen", "glm")
 OLD = Version(hf.__version__) < Version("5.19")
 QWEN_TOKENS = TOKENS | {"vision_start_token_id": START, "vision_end_token_id": END}
@@ -90,6 +94,20 @@ def _qwen3_vl_moe() -> Any:
     text = _text(hf.Qwen3VLMoeTextConfig, head_dim=16, rope_parameters=config["text_config"]["rope_parameters"])
     vision = config["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
     return hf.Qwen3VLMoeConfig(text_config=text | experts, vision_config=vision, **QWEN_TOKENS)
+
+
+def _qwen3_5(config: Any = hf.Qwen3_5Config, text: Any = hf.Qwen3_5TextConfig, **options) -> Any:
+    vision = {"depth": 4, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+    vision |= {"num_position_embeddings": 64, **QWEN_VISION}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    linear |= {"linear_num_value_heads": 4, "layer_types": HYBRID_LAYERS}
+    words = _text(text, head_dim=16, rope_parameters=rope | {"mrope_interleaved": True}, **linear, **options)
+    return config(text_config=words, vision_config=vision, **QWEN_TOKENS)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS |= {"shared_expert_intermediate_size": 32}
 
 
 def _glm(config: Any, text: Any, **options) -> Any:
@@ -128,6 +146,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": lambda: _qwen3_5(hf.Qwen3_5MoeConfig, hf.Qwen3_5MoeTextConfig, **EXPERTS),
     "glm4v": lambda: _glm(hf.Glm4vConfig, hf.Glm4vTextConfig),
     "glm46v": lambda: _glm(hf.Glm46VConfig, hf.Glm4vTextConfig),
     "glm4v_moe": lambda: _glm(hf.Glm4vMoeConfig, hf.Glm4vMoeTextConfig, **GLM_EXPERTS),
@@ -265,7 +285,9 @@ def _visual(name: str, kind: str, number: int, generator: torch.Generator) -> Vi
         patches = grid[0] * grid[1] * grid[2]
         key = "pixel_values" if kind == "image" else "pixel_values_videos"
         pixels = {key: noise(patches, 14 * 14 * 3 * 2), f"{kind}_grid_thw": torch.tensor([grid])}
-        if name.startswith("qwen3_vl") and kind == "video":  # frames with their time stamps as text between them
+        if (
+            name.startswith(("qwen3_vl", "qwen3_5")) and kind == "video"
+        ):  # frames with their time stamps as text between them
             frame = [START, *[token] * (patches // 4 // FRAMES), END]
             return Visual(pixels, torch.tensor([10, *frame, 11, *frame]))
         return Visual(pixels, torch.tensor([START, *[token] * (patches // 4), END]))

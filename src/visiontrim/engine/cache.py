@@ -21,7 +21,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.engine.upstream import CACHE_TENSORS, QUANTIZED, Cache, DynamicLayer, DynamicSlidingWindowLayer
+from visiontrim.engine.upstream import (
+    CACHE_TENSORS,
+    QUANTIZED,
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    holds_tokens,
+)
 
 
 @dataclass
@@ -186,7 +194,7 @@ def can_lack(layer: Any) -> bool:
 def check_cache(cache: Cache | None) -> None:
     """Raise :class:`TrimError` unless every layer of ``cache`` can hold its own number of tokens."""
     for index, layer in enumerate(cache.layers if cache is not None else ()):
-        if not can_lack(layer):
+        if not can_lack(layer) and type(layer) is not LinearAttentionLayer:
             raise TrimError(
                 f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
                 "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"
@@ -239,7 +247,7 @@ def make_trimmed(cache: Cache, index: int) -> Trimmed:
 def physical_length(cache: Cache, index: int) -> int:
     """Tokens that layer ``index`` really holds."""
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
-    if layer is None or getattr(layer, "is_initialized", False) is False:
+    if layer is None or not holds_tokens(layer) or getattr(layer, "is_initialized", False) is False:
         return 0
     if isinstance(layer, DynamicLayer) and not isinstance(layer, QUANTIZED):
         return layer.keys.shape[-2]  # pyright: ignore[reportOptionalMemberAccess]  # a sliding window forgets

@@ -65,7 +65,7 @@ class LanguageStage:
         self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
         """The decoder layer from which on only what the last stage left stays cached."""
         self._context = context
-        self._hearing = Hearing(family, steps, decoding, context)
+        self._hearing = Hearing(family, upstream, steps, decoding, context)
         self._decoding = DecodingStage(family, decoding, steps, context) if decoding is not None else None
 
     def attach(self) -> list:
@@ -98,7 +98,7 @@ class LanguageStage:
         call, cache, mask = self._context.call, given_cache(kwargs), kwargs.get("attention_mask")
         if call is None:
             return None
-        call.mask, first = mask, trimmed_layer(cache, 0)
+        call.mask, first = mask, trimmed_layer(cache, self._upstream.holding(0))
         if cache is None or first is None:
             return None
         self._check_plain(mask)
@@ -126,7 +126,7 @@ class LanguageStage:
         forward = self._context.forward = self._forward(call, cache, kwargs)
         if self._decoding is not None:
             self._decoding.enter(forward)
-        first = trimmed_layer(cache, 0)
+        first = trimmed_layer(cache, self._upstream.holding(0))
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
         elif first is not None:
@@ -148,11 +148,13 @@ class LanguageStage:
 
     def _check_stages(self, cache: Cache | None) -> None:
         """Refuse a cache that lost tokens where no stage of this run begins: one mask serves a whole stage."""
-        before = 0
+        before, first = 0, self._upstream.holding(0)
         for index in range(len(self._model.layers)):
+            if index in self._upstream.recurrent:
+                continue
             layer = trimmed_layer(cache, index)
             removed = 0 if layer is None else layer.removed
-            if removed != before and index not in self._steps and index:
+            if removed != before and index not in self._steps and index != first:
                 raise TrimError(
                     f"decoder layer {index} of the cache lacks {removed} tokens and the one before it {before}, but no "
                     "stage of this run stands between them: continue the conversation with the method that began it"
@@ -250,6 +252,7 @@ class LanguageStage:
                 )
                 forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:
+                check_window(forward.cache, forward.past + forward.length)
                 index = self._segments.narrow(forward, layer, keep, columns, marks)
                 hidden = gather(hidden, index)
         self._segments.begin(forward, layer, index)

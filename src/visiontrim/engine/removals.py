@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from visiontrim.engine.cache import chunk_mask, make_trimmed
 from visiontrim.engine.forward import Prefill
+from visiontrim.engine.upstream import holds_tokens
 
 
 def expected_lengths(prefill: Prefill, layers: int, narrow_from: int) -> list[int]:
@@ -32,6 +33,8 @@ def note_removals(prefill: Prefill, layers: int, narrow_from: int, compact: bool
         valid = attended.valid
         padded = not bool(valid.all())
         for index in range(removal.start, end):
+            if index < len(cache.layers) and not holds_tokens(cache.layers[index]):
+                continue  # a state knows no tokens
             shift, mask, left = None, None, valid
             layer = make_trimmed(cache, index)
             if index >= narrow_from:

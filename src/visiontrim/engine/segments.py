@@ -41,6 +41,7 @@ class Segments:
 
     def key_mask(self, forward: Forward, layer: int) -> KeyMask:
         """Keys that tokens of the chunk may see from decoder layer ``layer`` on."""
+        layer = self._upstream.holding(layer)
         if isinstance(forward, Prefill) and forward.removals:
             return chunk_mask(forward.cache, layer, forward.past_mask, forward.past, forward.alive.valid)
         earlier = trimmed_layer(forward.cache, layer)

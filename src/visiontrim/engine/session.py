@@ -22,6 +22,7 @@ from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.upstream import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     Upstream,
     given_cache,
     given_features,
@@ -65,6 +66,8 @@ class Session:
         upstream = Upstream(family.language_model)
         check_arguments(family, upstream, layers=bool(sites.language) or decoding is not None or positions != "keep")
         _check_layers(family, upstream, sites.language, decoding)
+        if positions == "unmerged":
+            _check_unmerged(upstream)
         memory = Memory(remember, once_each=not sites.encoder) if remember else None
         self._stages = (
             EncoderStage(family, sites.encoder, per, sites.apart, deviation, context),
@@ -179,7 +182,6 @@ def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Ste
             f"{type(family).__name__} lets image tokens attend in both directions, so none can be removed or hidden "
             f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
-    possible = (DynamicLayer,) if inside else (DynamicLayer, DynamicSlidingWindowLayer)
     layers = upstream.new_cache().layers
     if len(layers) < len(family.language_model.layers):
         raise TrimError(
@@ -187,9 +189,33 @@ def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Ste
             "whose layers all have their own are supported"
         )
     for index, layer in enumerate(layers):
-        if type(layer) not in possible:
-            alone = ", with sliding windows at a method's vision stage alone" if len(possible) == 1 else ""
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
             raise TrimError(
-                f"decoder layer {index} caches in a {type(layer).__name__}: only full-attention decoders are supported "
-                f"(no linear attention or shared keys and values{alone})"
+                f"decoder layer {index} caches in a {type(layer).__name__}, of which it is not known how it could lack "
+                "tokens: only layers with keys and values of their own, and those with linear attention or short "
+                "convolutions, are supported"
             )
+    if not (recurrent := upstream.recurrent):
+        return
+    holding = [index for index in range(1, len(layers)) if index not in recurrent]
+    if decoding is not None:
+        raise TrimError(
+            f"from decoder layer {decoding.layer} on the answer would see a part of the vision tokens, but layers "
+            f"with linear attention ({min(recurrent)}, ...) keep no tokens that could be hidden: use a method that "
+            "removes them in the prefill"
+        )
+    for index in sorted(language):
+        if index in recurrent:
+            raise TrimError(
+                f"decoder layer {index} has linear attention or a convolution, whose queries rank no tokens: stages "
+                f"of this model stand before layers with full attention, {', '.join(map(str, holding))}"
+            )
+
+
+def _check_unmerged(upstream: Upstream) -> None:
+    if upstream.recurrent:
+        raise TrimError(
+            "positions='unmerged' lets a merged token stand in attention at the places of all of its members, but "
+            f"decoder layer {min(upstream.recurrent)} has a recurrence instead, which takes every token once: use "
+            "positions='keep' or a method that merges nothing"
+        )

@@ -19,6 +19,9 @@ from visiontrim.models.layout import Grid, Packing, Visual
 
 ENTRY_POINTS = "visiontrim.models"
 
+RECURRENT = ("linear_attention", "conv")
+"""Types of decoder layers, as configurations name them, that carry a state from token to token."""
+
 Kind = Literal["image", "video"]
 Arguments = Mapping[str, Any]
 """What ``get_image_features`` or ``get_video_features`` was called with, by name; ``pixels`` whatever theirs is called
@@ -61,6 +64,8 @@ class Family(ABC):
     """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
+    hybrid: ClassVar[bool] = False
+    """Whether most decoder layers have linear attention, before which no tokens can be ranked."""
     turns: ClassVar[bool] = True
     """Whether a conversation can go on from its cache."""
     adjoining: ClassVar[bool] = False
@@ -82,7 +87,7 @@ class Family(ABC):
             "checkpoints": cls.checkpoints,
             "vision_stage": True,
             "merging_in_the_encoder": cls.merging,
-            "language_stage": not cls.bidirectional,
+            "language_stage": "before layers with full attention" if cls.hybrid else not cls.bidirectional,
             "guided_by": ["text tower", "embeddings"] if cls.text_tower else ["embeddings"],
             "scores": cls.scores,
             "keep_counts_per": cls.unit,
@@ -123,6 +128,12 @@ class Family(ABC):
     def decoder_attention(self, layer: int) -> Any:
         """The attention module of decoder layer ``layer``."""
         return self.language_model.layers[layer].self_attn
+
+    @functools.cached_property
+    def recurrent(self) -> frozenset[int]:
+        """Decoder layers without attention: a state that every token goes into takes the place of keys and values."""
+        kinds = getattr(self.language_model.config, "layer_types", None) or ()
+        return frozenset(index for index, kind in enumerate(kinds) if kind in RECURRENT)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -117,6 +117,15 @@ class QwenVL(Family):
 
 
 @register_family
+class Qwen35(QwenVL):
+    """The same encoder without DeepStack; three of four decoder layers have gated linear attention."""
+
+    model_types = ("qwen3_5", "qwen3_5_moe")
+    checkpoints = "Qwen3.5, Qwen3.6"
+    hybrid = True
+
+
+@register_family
 class Glm(QwenVL):
     """Pictures as Qwen-VL has them. The frames of a video stand in the placeholders of images: images only."""
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from visiontrim.core.errors import TrimError
 from visiontrim.engine.cache import chunk_mask, trimmed_layer
 from visiontrim.engine.contract import check_given
 from visiontrim.engine.forward import Forward, Prefill, Removal, Segment
@@ -36,6 +37,13 @@ class Segments:
     ) -> Int[Tensor, "batch left"]:
         """Drop tokens from decoder layer ``layer`` on; returns the places, before, of what is left."""
         index, prefill.alive = prefill.alive.narrowed(keep, columns, marks, prefill.rows)
+        if prefill.past and self._upstream.recurrent and not bool(prefill.alive.valid.all()):
+            lengths = prefill.alive.valid.sum(1).tolist()
+            raise TrimError(
+                f"the rows of a further turn would have {', '.join(map(str, lengths))} tokens left, and the padding "
+                "between the turns would go into the state of layers with linear attention: continue one conversation "
+                "at a time"
+            )
         prefill.removals.append(Removal(layer, prefill.alive))
         return index
 

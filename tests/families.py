@@ -59,11 +59,12 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 
 QWEN_VISION = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4}
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention", "full_attention", "linear_attention"]
-HYBRID = ("qwen3_5", "qwen3_5_moe")
+CONV_LAYERS = ["conv", "full_attention", "conv", "full_attention", "conv"]
+HYBRID = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl")
 BIDIRECTIONAL = ("paligemma", "paligemma2", "gemma3")
 LEAN = HYBRID
 """Families that tests run with one plan and one attention, because a relative of theirs has all."""
-WITH_GRIDS = ("qwen", "glm")
+WITH_GRIDS = ("qwen", "glm", "lfm3")
 OLD = Version(hf.__version__) < Version("5.19")
 QWEN_TOKENS = TOKENS | {"vision_start_token_id": START, "vision_end_token_id": END}
 
@@ -104,6 +105,14 @@ def _qwen3_5(config: Any = hf.Qwen3_5Config, text: Any = hf.Qwen3_5TextConfig, *
     linear |= {"linear_num_value_heads": 4, "layer_types": HYBRID_LAYERS}
     words = _text(text, head_dim=16, rope_parameters=rope | {"mrope_interleaved": True}, **linear, **options)
     return config(text_config=words, vision_config=vision, **QWEN_TOKENS)
+
+
+def _lfm3_vl() -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision |= {"num_key_value_heads": 2, "layer_types": CONV_LAYERS[:4], "patch_size": 14}
+    layers = ["conv", "full_attention", "conv", "sliding_attention", "conv"]
+    words = _text(hf.Lfm3Config, head_dim=16, layer_types=layers, sliding_window=100)
+    return hf.Lfm3VlConfig(vision_config=vision, text_config=words, **QWEN_TOKENS)
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -184,6 +193,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         image_token_id=IMAGE,
         mm_tokens_per_image=4,
     ),
+    "lfm2_vl": lambda: hf.Lfm2VlConfig(
+        vision_config=_vision("siglip2_vision_model", num_patches=16, vision_use_head=False),
+        text_config=_text(hf.Lfm2Config, layer_types=CONV_LAYERS, block_auto_adjust_ff_dim=False, conv_bias=True),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+    ),
+    "lfm3_vl": _lfm3_vl,
     "mistral3": lambda: hf.Mistral3Config(
         vision_config=PIXTRAL,
         text_config=_text(hf.MistralConfig, sliding_window=None, head_dim=16),
@@ -214,12 +230,6 @@ GENERIC: dict[str, Callable[[], Any]] = {
         vision_config=_vision("janus_vision_model", projection_dim=64, depth=2),
         text_config=_text(),
         image_token_id=IMAGE,
-    ),
-    "lfm2_vl": lambda: hf.Lfm2VlConfig(
-        vision_config=_vision("siglip2_vision_model", num_patches=16, vision_use_head=False),
-        text_config=_text(),
-        image_token_id=IMAGE,
-        downsample_factor=2,
     ),
     "lighton_ocr": lambda: hf.LightOnOcrConfig(
         vision_config=PIXTRAL,
@@ -286,7 +296,7 @@ def _visual(name: str, kind: str, number: int, generator: torch.Generator) -> Vi
         key = "pixel_values" if kind == "image" else "pixel_values_videos"
         pixels = {key: noise(patches, 14 * 14 * 3 * 2), f"{kind}_grid_thw": torch.tensor([grid])}
         if (
-            name.startswith(("qwen3_vl", "qwen3_5")) and kind == "video"
+            name.startswith(("qwen3_vl", "qwen3_5", "lfm3_vl")) and kind == "video"
         ):  # frames with their time stamps as text between them
             frame = [START, *[token] * (patches // 4 // FRAMES), END]
             return Visual(pixels, torch.tensor([10, *frame, 11, *frame]))
@@ -310,10 +320,17 @@ def _visual(name: str, kind: str, number: int, generator: torch.Generator) -> Vi
         return Visual({"pixel_values": noise(tiles, 3, 56, 56)}, torch.tensor([START, *[token] * (4 * tiles), END]))
     if name == "video_llava" and "pixel_values_images" in signature(hf.VideoLlavaModel.forward).parameters:
         return Visual({"pixel_values_images": noise(1, 3, 56, 56)}, torch.full((16,), token))
-    if name == "lfm2_vl":  # packs patches itself
-        pixels = {"pixel_values": noise(1, 16, 14 * 14 * 3), "spatial_shapes": torch.tensor([[4, 4]])}
-        pixels["pixel_attention_mask"] = torch.ones(1, 16, dtype=torch.long)
-        return Visual(pixels, torch.full((4,), token))
+    if name == "lfm2_vl":  # packs patches itself, in rows padded at the end
+        rows, columns = (4, 8) if even else (2, 6)
+        pixels = {
+            "pixel_values": torch.nn.functional.pad(
+                noise(1, rows * columns, 14 * 14 * 3), (0, 0, 0, 32 - rows * columns)
+            )
+        }
+        pixels["pixel_attention_mask"] = (torch.arange(32) < rows * columns)[None].long()
+        return Visual(
+            pixels | {"spatial_shapes": torch.tensor([[rows, columns]])}, torch.full((rows * columns // 4,), token)
+        )
     tokens = (
         4 if name in ("idefics3", "smolvlm", "gemma3", "aya_vision", "cohere2_vision", "ovis2", "qianfan_ocr") else 16
     )
@@ -349,7 +366,7 @@ class Prompts:
         visuals = [visual for _, row in rows for visual in row]
         for key in dict.fromkeys(key for visual in visuals for key in visual.pixels):
             inputs[key] = torch.cat([visual.pixels[key] for visual in visuals if key in visual.pixels])
-        if self.name.startswith(WITH_GRIDS):
+        if self.name.startswith(WITH_GRIDS) and self.name != "lfm3_vl":
             inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
         if self.name == "gemma3":
             inputs["token_type_ids"] = (ids == IMAGE).long()

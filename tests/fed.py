@@ -7,6 +7,7 @@ through the decoder's layers by itself, without a cache: everything anew for eve
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -40,7 +41,10 @@ def next_logits(model, embeddings: Tensor, positions: Tensor, hidden: Mapping[in
             gone = gone | torch.nn.functional.pad(hidden[index], (0, len(gone) - len(hidden[index])))
             states = states[:, ~gone[places]]
             places = places[~gone[places]]
-        rotary = text.rotary_emb(states, positions[..., places] if len(positions) > 1 else positions[0][:, places])
+        here = positions[..., places] if len(positions) > 1 else positions[0][:, places]
+        by_kind = "layer_type" in signature(text.rotary_emb.forward).parameters
+        kind = {"layer_type": text.config.layer_types[index]} if by_kind else {}
+        rotary = None if index in family.recurrent else text.rotary_emb(states, here, **kind)
         causal = torch.full((len(places),) * 2, torch.finfo(states.dtype).min).triu(1)[None, None]
         states = layer(
             states,

@@ -40,7 +40,9 @@ WITH_VIDEO = (
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_vl_moe",
-    *HYBRID,
+    "qwen3_5",
+    "qwen3_5_moe",
+    "lfm3_vl",
 )
 KINDS = [(name, "image") for name in CONFIGS]
 KINDS += [(name, "video") for name in WITH_VIDEO if name != "qwen3_5_moe"]  # whose videos are those of its relative

@@ -105,6 +105,8 @@ class Segments:
         self, forward: Forward, segment: Segment, layer: int, hidden: Tensor, given: Mapping[str, Any]
     ) -> tuple[Tensor, ...] | None:
         """Cosines and sines of the tokens that are left; None: those of the model are right."""
+        if layer in self._upstream.recurrent:
+            return None
         own, made = given.get("position_embeddings"), segment.rotary
         if self._compact or (self._members is not None and isinstance(forward, Prefill)):
             own = self._upstream.kinds[layer]

@@ -28,6 +28,12 @@ Arguments = Mapping[str, Any]
 (``pixel_values``, ``pixel_values_videos``, ...), which differs between releases of transformers."""
 
 
+INPUT_NORMS = ("input_layernorm", "operator_norm")
+FINAL_NORMS = ("norm", "embedding_norm", "final_layer_norm", "final_layernorm")
+ATTENTIONS = ("self_attn", "attention")
+"""What text models call these parts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """Size of an image in pixels, or of a video where ``frames`` are given."""
@@ -104,7 +110,7 @@ class Family(ABC):
 
     @property
     def language_model(self) -> Any:
-        """The text model without its head; has ``layers``, ``rotary_emb`` and ``embed_tokens``."""
+        """The text model without its head; has ``layers`` and ``rotary_emb``."""
         return self.core.language_model
 
     @abstractmethod
@@ -113,7 +119,14 @@ class Family(ABC):
 
     def input_norm(self, layer: int) -> Callable[[Tensor], Tensor]:
         """What decoder layer ``layer`` does first to its hidden states [..., dim]."""
-        return self.language_model.layers[layer].input_layernorm
+        decoder = self.language_model.layers[layer]
+        norm = next((getattr(decoder, name) for name in INPUT_NORMS if hasattr(decoder, name)), None)
+        if norm is None and not hasattr(decoder, "post_attention_layernorm"):
+            raise TrimError(
+                f"the norm before the attention of {type(decoder).__name__} is not known: use a method's vision stage, "
+                "or write the fact down (CONTRIBUTING.md)"
+            )
+        return _unchanged if norm is None else norm  # norms stand behind the attention, as in OLMo-2
 
     @property
     def projector(self) -> Any | None:
@@ -123,11 +136,11 @@ class Family(ABC):
     @property
     def final_norm(self) -> Any:
         """The norm after the last decoder layer."""
-        return self.language_model.norm
+        return _first(self.language_model, FINAL_NORMS, "norm after the last layer")
 
     def decoder_attention(self, layer: int) -> Any:
         """The attention module of decoder layer ``layer``."""
-        return self.language_model.layers[layer].self_attn
+        return _first(self.language_model.layers[layer], ATTENTIONS, "attention module")
 
     @functools.cached_property
     def recurrent(self) -> frozenset[int]:
@@ -200,6 +213,10 @@ class Family(ABC):
 
         None: each image (tile, frame) is a row of a batch of its own.
         """
+        return None
+
+    def filled(self, kind: Kind, arguments: Arguments) -> list[int] | None:
+        """Patches of each row where rows of the encoder's batch are padded at the end; None: none is."""
         return None
 
     def noise(self, picture: Picture) -> dict[str, Tensor]:
@@ -281,6 +298,21 @@ def list_families() -> dict[str, type[Family]]:
     """All families by ``model_type``: the package's own and those of plug-ins (entry points ``visiontrim.models``)."""
     _load_plugins()
     return dict(sorted(_registered.items()))
+
+
+def _first(module: Any, names: Sequence[str], what: str) -> Any:
+    """The part of ``module`` that has one of ``names``. Raises :class:`TrimError` if there is none."""
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise TrimError(
+        f"the {what} of {type(module).__name__} is not known (looked for {', '.join(names)}): use a method's vision "
+        "stage, or write the fact down (CONTRIBUTING.md)"
+    )
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 class Generic(Family):

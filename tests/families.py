@@ -38,6 +38,9 @@ def _text(config: type = hf.LlamaConfig, **options) -> dict:
     }
 
 
+words = _text
+
+
 def _vision(model_type: str, **options) -> dict:
     return {
         "model_type": model_type,
@@ -258,11 +261,16 @@ GENERIC: dict[str, Callable[[], Any]] = {
 
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of the family, with weights large enough that attention is not flat."""
-    torch.manual_seed(0)
+    """A random model of the family."""
     if name == "paligemma2":  # Gemma 2 caps its scores, which sdpa cannot
         attention = {"": attention, "text_config": "eager"}  # type: ignore[assignment]
-    model = hf.AutoModelForImageTextToText.from_config((CONFIGS | GENERIC)[name](), attn_implementation=attention)
+    return prepared((CONFIGS | GENERIC)[name](), attention, dtype)
+
+
+def prepared(config: Any, attention: Any = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """A random model of ``config``, with weights large enough that attention is not flat."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     model = model.eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -42,9 +42,9 @@ def next_logits(model, embeddings: Tensor, positions: Tensor, hidden: Mapping[in
             states = states[:, ~gone[places]]
             places = places[~gone[places]]
         here = positions[..., places] if len(positions) > 1 else positions[0][:, places]
-        by_kind = "layer_type" in signature(text.rotary_emb.forward).parameters
+        by_kind = text.rotary_emb is not None and "layer_type" in signature(text.rotary_emb.forward).parameters
         kind = {"layer_type": text.config.layer_types[index]} if by_kind else {}
-        rotary = None if index in family.recurrent else text.rotary_emb(states, here, **kind)
+        rotary = None if index in family.recurrent or text.rotary_emb is None else text.rotary_emb(states, here, **kind)
         causal = torch.full((len(places),) * 2, torch.finfo(states.dtype).min).triu(1)[None, None]
         states = layer(
             states,
@@ -62,7 +62,7 @@ def fed(model, inputs: Mapping[str, Tensor], hidden: Mapping[int, Tensor], answe
     logits = []
     for token in answer.tolist():
         logits.append(next_logits(model, embeddings, positions, hidden))
-        following = family_of(model).language_model.embed_tokens(torch.tensor([[token]]))
+        following = family_of(model).language_model.get_input_embeddings()(torch.tensor([[token]]))
         embeddings = torch.cat([embeddings, following], 1)
         positions = torch.cat([positions, (positions.max() + 1).expand(len(positions), 1, 1)], -1)
     return logits

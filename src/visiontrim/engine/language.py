@@ -33,6 +33,7 @@ from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.removals import expected_lengths, note_removals
 from visiontrim.engine.replaced import Replaced
+from visiontrim.engine.rows import claim_row_ends
 from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
@@ -181,6 +182,7 @@ class LanguageStage:
         held = tuple(0 if cache is None else physical_length(cache, n) for n in range(len(self._model.layers)))
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid, held=held)
         place_groups(prefill, self._family)
+        claim_row_ends(prefill, self._family)
         self._hearing.enter(prefill, embeds)
         return prefill
 
@@ -197,7 +199,10 @@ class LanguageStage:
         ]
         prefill.entered = columns
         image = self._family.placeholders(prefill.call.forward_ids)
-        index = self._segments.narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
+        keep = ~(image & is_empty_slot(embeds))
+        for rows, all_marks, staying in zip(prefill.rows, prefill.alive.marks, marks, strict=True):
+            keep[rows[:, None], all_marks[:, staying.shape[1] :]] = False  # some are text
+        index = self._segments.narrow(prefill, 0, keep, columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
         if self._unmerging is not None:
             prefill.repeated = self._unmerging.repeated(prefill, embeds)

@@ -110,7 +110,7 @@ class Segments:
         own, made = given.get("position_embeddings"), segment.rotary
         if self._compact or (self._members is not None and isinstance(forward, Prefill)):
             own = self._upstream.kinds[layer]
-        elif segment.places is None:
+        elif segment.places is None or (own is None and "position_embeddings" in given):  # some have no positions
             return None
         check_given("position_embeddings", given, layer)
         if made is None or made[0] is not own:

@@ -27,6 +27,8 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from visiontrim.core.errors import TrimError
+
 __all__ = [
     "Cache",
     "CacheLayerMixin",
@@ -137,7 +139,12 @@ class Upstream:
 
     def rotary(self, hidden: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of ``positions`` for decoder layer ``layer``, in the dtype of ``hidden``."""
-        encoding = self._text.rotary_emb
+        encoding = getattr(self._text, "rotary_emb", None)
+        if encoding is None:
+            raise TrimError(
+                f"{type(self._text).__name__} has no rotary encoding of positions, which tokens could be given anew: "
+                "use positions='keep'"
+            )
         kind = {"layer_type": self.kinds[layer]} if "layer_type" in parameters(type(encoding).forward) else {}
         return encoding(hidden, position_ids=positions, **kind)
 

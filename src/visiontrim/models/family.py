@@ -76,6 +76,8 @@ class Family(ABC):
     """Whether a conversation can go on from its cache."""
     adjoining: ClassVar[bool] = False
     """Whether images without text between them are tiles of one image."""
+    row_ends: bool = False
+    """Whether the processor writes a token of the text's behind every row of an image: see ``engine/rows.py``."""
     merging: ClassVar[str] = "no"
     """Whether tokens can be merged between the encoder's layers, in words: see :meth:`encoder_layers`."""
     masked: ClassVar[bool] = False

@@ -43,7 +43,19 @@ SIZES = {
     "audio_token_id": 7,
     "encoder_attention_heads": 4,
 }
-CHANGES: dict[str, dict[str, Any]] = {}
+_AUDIO = {"encoder_attention_heads": 4, "n_window": 10, "output_dim": 64, "max_source_positions": 100}
+_MARKS = {"vision_start_token_id": START, "vision_end_token_id": END}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma4": {
+        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
+        | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "position_embedding_size": 50},
+        "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]},
+    },
+    "qwen2_5_omni_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
+    "qwen3_omni_moe_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
+    "video_llama_3": {},
+}
 """By type and part ("" is the whole), what its default configuration needs beside."""
 
 
@@ -62,7 +74,9 @@ def shrunk(config: Any, changes: dict[str, Any], part: str = "") -> dict[str, An
             value = wanted if name == "num_hidden_layers" else SIZES[name]
         small[name] = None if name == "eos_token_id" else value
     small.pop("per_layer_config", None)
-    return small | changes.get(part, {})
+    small |= {name: value for name, value in changes.get(part, {}).items()}
+    parts = {name: changes[name] for name in changes if part == "" and name and not isinstance(small.get(name), dict)}
+    return small | parts
 
 
 def _cut(values: list, wanted: int) -> list:
@@ -103,6 +117,14 @@ def pixels_of(model: Any, number: int) -> dict[str, Tensor]:
         if "image_merge_sizes" in names:
             given["image_merge_sizes"] = torch.tensor([2])
         return {"pixel_values": torch.randn(shape, generator=generator)} | given
+    if "image_position_ids" in names:  # patches of 4 x 3 or 2 x 6 units in a padded row
+        factor = vision.pooling_kernel_size
+        rows, columns = (2 * factor, 3 * factor) if number % 2 else (factor, 4 * factor)
+        places = torch.full((6 * factor**2 + factor**2, 2), -1)
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
+        places[: len(grid)] = grid
+        values = torch.rand(1, len(places), 3 * patch**2, generator=generator)
+        return {"pixel_values": values, "image_position_ids": places[None]}
     side = getattr(vision, "image_size", 56)
     side = side if isinstance(side, int) else side[0]
     return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}

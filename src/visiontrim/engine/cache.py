@@ -24,6 +24,7 @@ from visiontrim.core.errors import TrimError
 from visiontrim.engine.upstream import (
     CACHE_TENSORS,
     QUANTIZED,
+    SHARED,
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -194,7 +195,7 @@ def can_lack(layer: Any) -> bool:
 def check_cache(cache: Cache | None) -> None:
     """Raise :class:`TrimError` unless every layer of ``cache`` can hold its own number of tokens."""
     for index, layer in enumerate(cache.layers if cache is not None else ()):
-        if not can_lack(layer) and type(layer) is not LinearAttentionLayer:
+        if not can_lack(layer) and type(layer) not in (LinearAttentionLayer, *SHARED):
             raise TrimError(
                 f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
                 "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"

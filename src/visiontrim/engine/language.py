@@ -38,7 +38,7 @@ from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
-from visiontrim.engine.upstream import Cache, Upstream, given_cache
+from visiontrim.engine.upstream import Cache, Upstream, given_cache, holds_tokens
 from visiontrim.models.family import Family
 
 
@@ -151,7 +151,7 @@ class LanguageStage:
         """Refuse a cache that lost tokens where no stage of this run begins: one mask serves a whole stage."""
         before, first = 0, self._upstream.holding(0)
         for index in range(len(self._model.layers)):
-            if index in self._upstream.recurrent:
+            if cache is None or index >= len(cache.layers) or not holds_tokens(cache.layers[index]):
                 continue
             layer = trimmed_layer(cache, index)
             removed = 0 if layer is None else layer.removed
@@ -207,6 +207,8 @@ class LanguageStage:
         if self._unmerging is not None:
             prefill.repeated = self._unmerging.repeated(prefill, embeds)
         kwargs["position_ids"] = self._segments.positions(prefill, 0)
+        if kwargs.get("per_layer_inputs") is not None:
+            kwargs["per_layer_inputs"] = gather(kwargs["per_layer_inputs"], index)
         if self._family.bidirectional:
             alive = prefill.alive
             kwargs["attention_mask"] = narrowed_mask(kwargs.get("attention_mask"), alive.origin, alive.valid)

@@ -20,6 +20,7 @@ from visiontrim.engine.memory import Memory
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.upstream import (
+    SHARED,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -183,13 +184,17 @@ def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Ste
             f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
     layers = upstream.new_cache().layers
-    if len(layers) < len(family.language_model.layers):
+    shared = [index for index, layer in enumerate(layers) if isinstance(layer, SHARED)]
+    if len(layers) < len(family.language_model.layers) or (shared and inside):
         raise TrimError(
-            f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "
+            f"decoder layer {min([*shared, len(layers)])} and later ones use the keys and values of earlier layers, "
+            "which would have to lack the same tokens: use a method's vision stage alone"
+            if shared
+            else f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "
             "whose layers all have their own are supported"
         )
     for index, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, *SHARED):
             raise TrimError(
                 f"decoder layer {index} caches in a {type(layer).__name__}, of which it is not known how it could lack "
                 "tokens: only layers with keys and values of their own, and those with linear attention or short "

@@ -55,6 +55,10 @@ QUANTIZED: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.Quantiz
 """Layers of caches that store keys and values with fewer bits, of all kinds."""
 
 
+SHARED: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+"""Layers of caches that hold nothing, because the decoder layer uses keys and values of an earlier one."""
+
+
 def parameters(function: Callable) -> tuple[str, ...]:
     """Names that ``function`` declares, whatever decorators are around it."""
     return tuple(inspect.signature(function).parameters)

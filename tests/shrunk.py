@@ -46,6 +46,7 @@ SIZES = {
 _AUDIO = {"encoder_attention_heads": 4, "n_window": 10, "output_dim": 64, "max_source_positions": 100}
 _MARKS = {"vision_start_token_id": START, "vision_end_token_id": END}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_MINICPM: dict[str, dict[str, Any]] = {"": {"image_token_id": IMAGE}}
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma4": {
         "vision_config": {"model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -54,7 +55,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_omni_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
     "qwen3_omni_moe_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
-    "video_llama_3": {},
+    "aria": {"": {"projector_patch_to_query_dict": {16: 4}}},
+    "glmga": {"text_config": {"rope_parameters": _MROPE}},
+    "got_ocr2": {"vision_config": {"image_size": 256, "patch_size": 16}},
+    "minicpm_ocr": _MINICPM,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "pp_chart2table": {"vision_config": {"image_size": 256, "patch_size": 16}},
+    "shieldgemma2": {"": {"mm_tokens_per_image": 4}},
 }
 """By type and part ("" is the whole), what its default configuration needs beside."""
 
@@ -111,8 +119,9 @@ def pixels_of(model: Any, number: int) -> dict[str, Tensor]:
     patch = patch if isinstance(patch, int) else patch[0]
     if "image_grid_thw" in names:
         rows, columns = (4, 4) if number % 2 else (2, 16)
-        values = 3 * getattr(vision, "temporal_patch_size", 1) * patch**2
-        shape = (rows * columns, values)
+        values = 3 * getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1)) * patch**2
+        square = model.config.model_type in ("kimi_k25", "paddleocr_vl")
+        shape = (rows * columns, *((3, patch, patch) if square else (values,)))
         given = {"image_grid_thw": torch.tensor([[1, rows, columns]])}
         if "image_merge_sizes" in names:
             given["image_merge_sizes"] = torch.tensor([2])
@@ -127,7 +136,12 @@ def pixels_of(model: Any, number: int) -> dict[str, Tensor]:
         return {"pixel_values": values, "image_position_ids": places[None]}
     side = getattr(vision, "image_size", 56)
     side = side if isinstance(side, int) else side[0]
-    return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
+    given = {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
+    if "target_sizes" in names:  # patches in one row
+        rows, columns = (4, 4) if number % 2 else (4, 8)
+        given = {"pixel_values": torch.randn(1, 3, patch, rows * columns * patch, generator=generator)}
+        given["target_sizes"] = torch.tensor([[rows, columns]])
+    return given
 
 
 def prompts(model: Any) -> list[dict[str, Tensor]]:

@@ -203,7 +203,9 @@ def observe(
 @torch.inference_mode()
 def _observe(speaker: Speaker, family: Family, item: Item, attention: Attention) -> None:
     model: Any = speaker.model
-    inputs = encode(speaker, [dataclasses.replace(item, sources=item.sources[:1])] if item.prompt is None else [item])
+    if item.prompt is None:  # nothing is left off the question, so that there is no bare one
+        item = dataclasses.replace(item, sources=item.sources[:1], bare=None)
+    inputs = encode(speaker, [item])
     seen: list[Tensor] = []
     rows: dict[int, dict[str, Float[Tensor, " keys"]]] = {}
     vision = family.placeholders(inputs["input_ids"])[0].nonzero()[:, 0]

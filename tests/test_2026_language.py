@@ -417,3 +417,12 @@ def test_autoprune_asks_for_what_it_needs():
     sharp[0], sharp[1] = 1 / 576, torch.eye(576)[:7]
     with pytest.raises(vt.TrimError, match="2 images share a batch"):
         step.select(changed(view, {"decoder.text_attention": sharp}))
+
+
+def test_gradients_reach_what_comes_back():
+    method = vt.VLMPruner(keep=(6,))
+    view = on_grid(seen_by(first(method), 24, 24), (1, 4, 6))
+    features = view.features.clone().requires_grad_()
+    kept = first(method).select(dataclasses.replace(view, features=features))
+    kept.features.sum().backward()
+    assert (features.grad[0].abs().sum(-1) > 0).all(), "every token is kept, or part of one that is"

@@ -45,6 +45,16 @@ def test_published_counts_of_both_stages(method, counts):
     assert method.remaining(dataclasses.replace(view, entered=counts[0])) == counts[1]
 
 
+def test_a_budget_that_rounding_would_break():
+    """A late second stage of a shallow model gets a token, where seven enter for one that goes on."""
+    view = dataclasses.replace(make_view(grid=(1, 2, 4), batch=1), num_layers=5)
+    for method in (vt.Nuwa(keep=4, layer=4), vt.FlashVID(keep=4, layer=4), vt.Nuwa(keep=1, layer=4)):
+        entered = method.entering(view)
+        left = method.remaining(dataclasses.replace(view, entered=entered))
+        assert 1 <= left <= entered
+        assert abs((4 * entered + left) / 5 - method.keep) <= 0.5
+
+
 def test_counts_of_stages_are_checked():
     for options, message in (
         ({"keep": (4, 8)}, "no pair of counts"),
@@ -162,13 +172,13 @@ def test_nuwa_ranks_by_the_text_or_by_the_last_row():
     assert step.select(view).index.tolist() == [[1, 3]]
 
 
-def test_gradients_reach_what_was_gathered():
+@pytest.mark.parametrize("method", [vt.Nuwa(keep=4, stages="vision"), vt.ApET(keep=4, stages="vision", variant="code")])
+def test_gradients_reach_what_was_merged(method):
     view = make_view(grid=(1, 4, 4), batch=1)
     features = view.features.clone().requires_grad_()
-    kept = vt.Nuwa(keep=4, stages="vision").steps()[0].select(dataclasses.replace(view, features=features))
+    kept = method.steps()[0].select(dataclasses.replace(view, features=features))
     kept.features.sum().backward()
     assert (features.grad[0].abs().sum(-1) > 0).sum() > 4
-    assert ranked(view.encoder.cls_attention[0])  # the score itself has none
 
 
 # ------------------------------------------------------------------------------------------------ ApET

@@ -73,7 +73,7 @@ class MustDrop(Cascade):
     paper: ClassVar[str] = "arXiv 2411.10803"
     text_aware: ClassVar[bool] = True
     merges: ClassVar[bool] = True
-    narrows_cache: ClassVar[bool] = True
+    narrows_cache: ClassVar[bool | Literal["all"]] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

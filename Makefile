@@ -32,7 +32,8 @@ $(VENV)/.tests: pyproject.toml constraints/tested.txt | $(BIN)/python
 	touch $@
 
 demo: $(VENV)/.runs
-	$(BIN)/visiontrim ask examples/shapes.png "what color is the star?" --keep 64 --compare --map kept.png
+	$(BIN)/visiontrim ask examples/shapes.png "what color is the star?" --keep 64 --method visiontrim:variant=lean \
+		--compare --map kept.png
 
 test: $(VENV)/.tests
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import families
 import visiontrim as vt
 from tiny import Masked, close, generate
 from visiontrim import zoo
+from visiontrim.commands.listing import show_methods
 from visiontrim.core import registry
 from visiontrim.models import family
 
@@ -52,8 +53,11 @@ def test_the_recipe_of_the_readme():
     assert vt.load_method(yaml.safe_load(recipe)) == vt.VisionTrim(keep=128) | vt.Random(keep=0.5, layer=2)
 
 
-def test_the_methods_of_the_readme_are_all_methods():
-    table = README[README.index("## Methods") : README.index("## What is exact")]
+def test_the_table_of_methods_in_the_readme_is_the_printed_one(capsys):
+    """`visiontrim methods --markdown` prints it."""
+    show_methods(markdown=True)
+    table = capsys.readouterr().out
+    assert table in README
     assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.MULTILINE)) == set(vt.list_methods())
 
 

@@ -18,6 +18,7 @@ FLOORS = [
     {"measure", "zoo", "calibrate", "promises"},
     {"ask", "doctor"},
     {"evaluate", "analyze", "integrations"},
+    {"serving"},
     {"cli", "commands"},
 ]
 """From the ground up: a module imports from its own floor and the ones below; the package itself stands on top."""

@@ -368,8 +368,8 @@ def test_counts_of_both_stages_can_be_given():
 
 @pytest.mark.parametrize("method", [vision(keep=43), Random(keep=43), Uniform(keep=43)])
 def test_more_tokens_than_there_are(method):
-    with pytest.raises(TrimError, match="keep=43 but the image has 42"):
-        answer(method, make_view())
+    view = make_view()
+    assert answer(method, view).index.tolist() == Keep.everything(view).index.tolist()
 
 
 # controls

@@ -138,6 +138,7 @@ class Run:
             )
         self._questions = Questions(guidance, words_of(self._family, processor), question)
         rule = positions or ("keep" if self._family.mrope and method.positions == "compact" else method.positions)
+        self._rule: Positions = rule
         deviation = deviations(getattr(processor, "image_processor", None))
         self._session = Session(
             self._family, method, rule, per, remember, self._questions, deviation, self._finish, clock
@@ -194,7 +195,7 @@ class Run:
     @property
     def report(self) -> Report:
         """What the latest prefill saved: one line as text, ``table()`` for rich, ``to_dict()`` for JSON."""
-        return Report.of(self.trace, self.method, self._family)
+        return Report.of(self.trace, self.method, self._family, self._rule)
 
     def picture(self, image: Image.Image, number: int = 0, part: int = 0) -> Image.Image:
         """Draw on ``image``, the prompt's image ``number``, which of its tokens were kept, merged and dropped.

@@ -98,13 +98,17 @@ class Method(ABC):
     """One line for tables."""
     paper: ClassVar[str]
     """Where it is published, or "control"."""
+    for_videos: ClassVar[bool] = False
+    """Whether it was published for videos: by its rule an image is a video of one frame."""
+    also_at: ClassVar[tuple[type, ...]] = ()
+    """Kinds of place (:data:`Site`, or :class:`Decoding`) where options can have it act, beside those of its steps."""
     text_aware: ClassVar[bool] = False
     """Whether the question can change what is kept."""
     merges: ClassVar[bool] = False
     """Whether kept tokens carry something of the dropped ones."""
-    narrows_cache: ClassVar[bool] = False
+    narrows_cache: ClassVar[bool | Literal["all"]] = False
     """Whether, once the prefill is over, every decoder layer from the first stage on that removes something caches only
-    what the last one left."""
+    what the last one left; "all": every decoder layer."""
 
     @property
     def positions(self) -> Positions:

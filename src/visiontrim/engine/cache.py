@@ -24,10 +24,14 @@ from visiontrim.core.errors import TrimError
 from visiontrim.engine.upstream import (
     CACHE_TENSORS,
     QUANTIZED,
+    SHARED,
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
     given_cache,
+    holds_tokens,
 )
 
 
@@ -179,11 +183,13 @@ def plain_step(arguments: Mapping[str, Any]) -> bool:
     Such a step needs no help: what the cache says of its length and of the sizes of masks is enough.
     """
     cache = given_cache(arguments)
-    if cache is None or arguments.get("attention_mask") is not None or arguments.get("labels") is not None:
+    if cache is None or arguments.get("labels") is not None:
         return False
     layer: Any = cache.layers[0] if cache.layers else None
     if not isinstance(layer, Trimmed) or not layer.plain:
         return False
+    if arguments.get("attention_mask") is not None and not isinstance(layer, StaticLayer):
+        return False  # of a static cache, generate() has made it by what the layers say of themselves
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     return tokens is not None and tokens.shape[1] == 1
@@ -193,6 +199,42 @@ class TrimmedLayer(Trimmed, DynamicLayer):
     """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation."""
 
 
+class TrimmedStaticLayer(Trimmed, StaticLayer):
+    """One layer's keys and values [batch, heads, allocated, head_dim], of which tokens are missing.
+
+    :func:`reserve` has made the allocation smaller where that was still possible.
+    """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, self.removed
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len + self.removed
+
+    def reset(self) -> None:
+        self.max_cache_len += self.unreserved
+        self.cumulative_length = torch.zeros_like(self.cumulative_length)
+        super().reset()
+
+    @property
+    def unreserved(self) -> int:
+        """Tokens by which :func:`reserve` has made the allocation smaller."""
+        return getattr(self, "_unreserved", 0)
+
+
+def static(cache: Cache | None) -> bool:
+    """Whether ``cache`` allocates all of its length at once."""
+    return cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+
+
+def reserve(cache: Cache, fewer: int) -> None:
+    """Let the layers of a static ``cache`` that hold nothing yet allocate ``fewer`` tokens; a negative number: more."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            layer.max_cache_len -= fewer
+            layer._unreserved = getattr(layer, "_unreserved", 0) + fewer
+
+
 @functools.cache
 def trimmed_class(kind: type) -> Any:
     """The class of a layer of a cache that lacks tokens, for one of class ``kind``."""
@@ -200,18 +242,30 @@ def trimmed_class(kind: type) -> Any:
         return kind
     if kind in (DynamicLayer, DynamicSlidingWindowLayer):
         return TrimmedLayer
+    if kind is StaticLayer:
+        return TrimmedStaticLayer
     return type(f"Trimmed{kind.__name__}", (Trimmed, kind), {"__module__": __name__})
 
 
 def can_lack(layer: Any) -> bool:
     """Whether a layer of a cache can hold fewer tokens than the conversation has."""
-    return isinstance(layer, Trimmed | QUANTIZED) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    kinds = DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+    return isinstance(layer, Trimmed | QUANTIZED) or type(layer) in kinds
 
 
-def check_cache(cache: Cache | None) -> None:
-    """Raise :class:`TrimError` unless every layer of ``cache`` can hold its own number of tokens."""
+def check_cache(cache: Cache | None, even: bool) -> None:
+    """Raise :class:`TrimError` unless every layer of ``cache`` can hold the tokens that it is left.
+
+    ``even``: all layers are left the same, at their own positions.
+    """
     for index, layer in enumerate(cache.layers if cache is not None else ()):
-        if not can_lack(layer):
+        if isinstance(layer, StaticLayer) and not even:
+            raise TrimError(
+                f"layer {index} of the cache is a {type(layer).__name__}, whose steps cannot know of tokens that go "
+                "between decoder layers or move: use the method's vision stage alone with positions='keep', or a "
+                "DynamicCache (cache_implementation=None or 'dynamic')"
+            )
+        if not can_lack(layer) and type(layer) not in (LinearAttentionLayer, *SHARED):
             raise TrimError(
                 f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
                 "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"
@@ -267,10 +321,12 @@ def make_trimmed(cache: Cache, index: int) -> Trimmed:
 
 
 def physical_length(cache: Cache, index: int) -> int:
-    """Tokens that layer ``index`` really holds."""
+    """Tokens that layer ``index`` really holds, or has room for if it is static."""
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
-    if layer is None or getattr(layer, "is_initialized", False) is False:
+    if layer is None or not holds_tokens(layer) or getattr(layer, "is_initialized", False) is False:
         return 0
+    if isinstance(layer, StaticLayer):
+        return layer.max_cache_len  # what is allocated: how much of it is in use is on the device
     if isinstance(layer, DynamicLayer) and not isinstance(layer, QUANTIZED):
         return layer.keys.shape[-2]  # pyright: ignore[reportOptionalMemberAccess]  # a sliding window forgets
     return layer.held if isinstance(layer, Trimmed) else layer.get_seq_length()

@@ -114,7 +114,9 @@ class Heard:
     """What the language model showed on the way, for the next step to see (:mod:`.hearing`)."""
 
     passed: Attended | None = None
-    """The layer just passed."""
+    """The layer just passed; where that has no attention, the layer to come."""
+    of: int = 0
+    """Which decoder layer ``passed`` is of."""
     coming: Attended | None = None
     """The layer to come."""
     ahead: bool = False
@@ -123,8 +125,12 @@ class Heard:
     """Hidden states [batch, width, dim] that entered the layer just passed."""
     normed: Tensor | None = None
     """Hidden states [batch, width, dim] after the final norm."""
+    values: Tensor | None = None
+    """What the attention of the layer just passed averages, [batch, key-value heads, keys, dim]."""
     rotary: Tensor | None = None
     """Cosines and sines [batch, width, 2 dim]."""
+    mean_rotary: Tensor | None = None
+    """Their means over dimensions [batch, width, 2]."""
     embeddings: Tensor | None = None
     """Input embeddings [batch, length, dim] of the uncompressed chunk."""
 
@@ -202,6 +208,8 @@ class Prefill(Forward):
     whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
     """For every group the places, in the uncompressed chunk, of all of its tokens."""
     removals: list[Removal] = field(default_factory=list)
+    reserved: int = 0
+    """Tokens for which a static cache makes no room."""
     repeated: Repeated | None = None
     """How attention sees merged tokens; None: as they are."""
     heard: Heard = field(default_factory=Heard)

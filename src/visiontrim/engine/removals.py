@@ -5,10 +5,12 @@ It knows caches and which tokens were left from which layer on; it knows nothing
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from visiontrim.engine.cache import chunk_mask, make_trimmed, trimmed_layer
-from visiontrim.engine.forward import Prefill
+from visiontrim.engine.forward import Alive, Prefill, Removal
+from visiontrim.engine.upstream import holds_tokens
 
 
 def expected_lengths(prefill: Prefill, layers: int, narrow_from: int) -> list[int]:
@@ -28,13 +30,19 @@ def note_removals(prefill: Prefill, layers: int, narrow_from: int, compact: bool
     cache = prefill.cache
     if cache is None or not prefill.removals:
         return
-    ends = [removal.start for removal in prefill.removals[1:]] + [layers]
-    even = len(ends) == 1 and prefill.removals[0].start == 0
-    for removal, end in zip(prefill.removals, ends, strict=True):
+    removals = prefill.removals
+    if narrow_from < removals[0].start:  # layers that had all of the chunk are narrowed, too
+        origin = torch.arange(prefill.length, device=prefill.chunk_valid.device).expand_as(prefill.chunk_valid)
+        removals = [Removal(narrow_from, Alive(origin, prefill.chunk_valid, [], [])), *removals]
+    ends = [removal.start for removal in removals[1:]] + [layers]
+    even = len(ends) == 1 and removals[0].start == 0
+    for removal, end in zip(removals, ends, strict=True):
         attended = removal.alive if prefill.repeated is None else prefill.repeated.alive
         shorter = prefill.chunk_valid.sum(1) - attended.valid.sum(1) if compact else None
         masks: dict[tuple, Tensor | None] = {}  # layers with the same past have the same mask
         for index in range(removal.start, end):
+            if index < len(cache.layers) and not holds_tokens(cache.layers[index]):
+                continue  # a state knows no tokens
             layer, left = make_trimmed(cache, index), attended
             if index >= narrow_from:
                 left = prefill.alive

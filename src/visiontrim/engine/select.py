@@ -72,6 +72,7 @@ def checked_select(step: Step, view: View) -> Keep:
         "assignment": (keep.assignment, (batch, tokens)),
         "complement": (keep.complement, (batch, kept)),
         "marked": (keep.marked, (batch, kept)),
+        "noted": (keep.noted, (batch, kept)),
         "projected": (keep.projected, None if width is None else (batch, kept, width)),
     }
     for name, (given, wanted) in shapes.items():
@@ -131,6 +132,7 @@ def select_between_layers(
             whole=group.part.whole,
             before=group.part.before,
             marked=group.now.marked,
+            noted=group.now.noted,
             decoder=decoder,
             text=text,
         )

@@ -18,27 +18,32 @@ FAMILIES = [
     f"tests/test_{name}.py"
     for name in (
         *("engine", "families", "generic", "generate", "turns", "trim", "wrapped"),
-        *("encoder_families", "pixelprune", "decoding", "unmerging"),
+        *("encoder_families", "pixelprune", "decoding", "unmerging", "contract", "promises", "runs"),
     )
 ]
 TOOLS = ["pytest", "pytest-xdist", "beartype", "hypothesis"]
 OPTIONAL = ["accelerate", "bitsandbytes", "peft", "torchao"]
 ENVIRONMENTS = {
     "5.16.1": (["transformers==5.16.1"], FAMILIES),
-    "5.19": (["transformers==5.19.*"], FAMILIES),
+    "5.19": (["transformers==5.19.0"], FAMILIES),
+    "5.23": (["transformers==5.23.0"], FAMILIES),
     "newest": (["transformers>=5.16.1,<6"], FAMILIES),
     "optional": ([*OPTIONAL, "transformers>=5.16.1,<6"], ["tests/optional"]),
     "lmms-eval": ([], ["tests/lmms"]),
+    "ray": (["ray[data]==2.60.0"], ["tests/ray"]),
+    "demo": (["gradio>=6,<7", "playwright"], ["tests/demo"]),  # Chromium must be there
 }
 PINNED = {"lmms-eval": ROOT / "constraints" / "lmms-eval.txt"}
 """Packages that are put over the others without asking for what they ask for, which would be another torch."""
+LOOSE = {"demo": ("pillow", "typer", "pydantic", "huggingface_hub", "starlette", "fastapi", "python-dateutil")}
+"""What an environment needs in other versions: gradio wants an older pillow."""
 FREE = ("transformers", "huggingface_hub", "tokenizers", "hf-xet")
 """What every release of transformers asks for anew; all else is as in constraints/tested.txt."""
 
 
-def install(python: Path, constraints: Path, packages: list[str]) -> None:
+def install(python: Path, constraints: Path, packages: list[str], loose: tuple[str, ...] = ()) -> None:
     pins = (ROOT / "constraints" / "tested.txt").read_text().splitlines()
-    constraints.write_text("\n".join(pin for pin in pins if not pin.startswith(FREE)))
+    constraints.write_text("\n".join(pin for pin in pins if not pin.startswith((*FREE, *loose))))
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
     subprocess.run([*pip, "-c", constraints, "-e", str(ROOT), *TOOLS, *packages], check=True)
 
@@ -50,13 +55,17 @@ def run(name: str) -> bool:
     python = home / "bin" / "python"
     if not python.exists():
         venv.create(home, with_pip=True)
-    install(python, home / "constraints.txt", packages)
+    install(python, home / "constraints.txt", packages, LOOSE.get(name, ()))
     if name in PINNED:
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--no-deps", "-r", PINNED[name]], check=True)
     shown = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
     versions = dict(
-        re.findall(r"^(transformers|torch|accelerate|bitsandbytes|lmms_eval|peft|torchao) +(\S+)", shown, re.MULTILINE)
+        re.findall(
+            r"^(transformers|torch|accelerate|bitsandbytes|gradio|lmms_eval|peft|ray|torchao) +(\S+)",
+            shown,
+            re.MULTILINE,
+        )
     )
     start = time.monotonic()
     done = subprocess.run([python, "-m", "pytest", "-n", "auto", *tests], cwd=ROOT)

@@ -207,7 +207,7 @@ def test_methods(cli):
             "summary",
             "options",
         }
-    assert told["visiontrim"]["stages"] == ["vision"]
+    assert told["visiontrim"]["stages"] == ["vision", "layer 2"]
     assert told["visiontrim"]["text_aware"]
     assert told["random"]["options"] == {"keep": 64, "layer": None, "seed": 0}
 
@@ -232,7 +232,8 @@ def test_methods_of_a_kind(cli):
 
 def test_places_of_methods(cli):
     places = {method["name"]: method["place"] for method in json.loads(cli("methods", "--json")[1])}
-    assert places["visiontrim"] == "vision encoder's output or a decoder layer"
+    assert places["visiontrim"] == "vision encoder's output; before decoder layer 2"
+    assert places["random"] == "vision encoder's output or a decoder layer"
     assert places["vscan"] == "vision encoder's output; before decoder layer 16 of 32"
     assert places["tome"] == "before every encoder layer from 1 of 23 on"
     assert places["dycoke"] == "vision encoder's output; with an option also in decoding; videos"

@@ -21,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 PLANS = {
     "random": vt.Random(keep=0.5) | vt.Random(keep=0.5, layer=1) | vt.Random(keep=0.5, layer=3),
-    "visiontrim": vt.VisionTrim(keep=0.5),
-    "both": vt.VisionTrim(keep=0.5, stages="both", guidance="none"),  # nothing merged: masking cannot show merging
+    "visiontrim": vt.VisionTrim(keep=0.5, variant="lean"),
+    "both": vt.VisionTrim(keep=0.5, guidance="none"),  # nothing merged: masking cannot show merging
 }
 VISION_PLANS = {
     "random": vt.Random(keep=0.5),
-    "visiontrim": vt.VisionTrim(keep=0.5),
-    "merging": vt.VisionTrim(keep=0.5, iterations=1),
+    "visiontrim": vt.VisionTrim(keep=0.5, variant="lean"),
+    "merging": vt.VisionTrim(keep=0.5, stages="vision"),
 }
 WITH_VIDEO = (
     "llava_next_video",

@@ -259,7 +259,7 @@ def test_text_towers_that_do_not_fit(model):
     "guide", [{"text_tower": tower()}, {"processor": tokenizer(special=False)}], ids=["tower", "lm"]
 )
 def test_the_question_decides_what_complements(model, inputs, guide):
-    method = vt.VisionTrim(keep=8, split=0.5)
+    method = vt.VisionTrim(keep=8, split=0.5, stages="vision", iterations=0)
     _, silent = answer(model, inputs, method, **guide)
     assert not silent.trace.images[0].stages[0].complement.any()
     chosen = {}
@@ -296,7 +296,7 @@ def test_every_row_has_its_own_question(model, stages, iterations):
 
 
 def test_question_can_change_within_a_run(model, inputs):
-    method = vt.VisionTrim(keep=8, split=0.5)
+    method = vt.VisionTrim(keep=8, split=0.5, stages="vision")
     with torch.no_grad(), vt.trim(model, method, text_tower=tower()) as run:
         seen = []
         for question in ("what is red", "shape of the circle", None):
@@ -329,7 +329,7 @@ def test_text_tower_from_a_directory(model, inputs, tmp_path):
     made = tower()
     made.model.save_pretrained(tmp_path)
     made.tokenizer.save_pretrained(tmp_path)
-    method = vt.VisionTrim(keep=8, split=0.5)
+    method = vt.VisionTrim(keep=8, split=0.5, stages="vision")
     direct, _ = answer(model, inputs, method, question="what is red", text_tower=made)
     loaded, _ = answer(model, inputs, method, question="what is red", text_tower=str(tmp_path))
     torch.testing.assert_close(direct, loaded)

@@ -11,7 +11,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from visiontrim.commands import analyze, ask, bench, cost, evaluate, listing, reproduce, score, zoo
+from visiontrim.commands import (
+    analyze,
+    ask,
+    batch,
+    bench,
+    cost,
+    demo,
+    doctor,
+    evaluate,
+    listing,
+    reproduce,
+    score,
+    serve,
+    zoo,
+)
+from visiontrim.commands.options import Command
 from visiontrim.commands.progress import stoppable
 from visiontrim.core.errors import TrimError
 
@@ -52,17 +67,21 @@ def _root(
 ) -> None: ...
 
 
-app.command(epilog=ask.ASK_EPILOG)(ask.ask)
-app.command("map", epilog=ask.MAP_EPILOG)(ask.draw)
-app.command("methods", epilog=listing.METHODS_EPILOG)(listing.show_methods)
-app.command("models", epilog=listing.MODELS_EPILOG)(listing.show_models)
-app.command("eval", epilog=evaluate.EVAL_EPILOG)(evaluate.evaluate)
-app.command(epilog=score.EPILOG)(score.score)
-app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
-app.command(epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
-app.command(epilog=cost.EPILOG)(cost.cost)
-app.command(epilog=bench.EPILOG)(bench.bench)
-app.command(epilog=analyze.EPILOG)(analyze.analyze)
+app.command(cls=Command, epilog=ask.ASK_EPILOG)(ask.ask)
+app.command("map", cls=Command, epilog=ask.MAP_EPILOG)(ask.draw)
+app.command("methods", cls=Command, epilog=listing.METHODS_EPILOG)(listing.show_methods)
+app.command("models", cls=Command, epilog=listing.MODELS_EPILOG)(listing.show_models)
+app.command("eval", cls=Command, epilog=evaluate.EVAL_EPILOG)(evaluate.evaluate)
+app.command(cls=Command, epilog=score.EPILOG)(score.score)
+app.command(cls=Command, epilog=reproduce.EPILOG)(reproduce.reproduce)
+app.command(cls=Command, epilog=evaluate.TUNE_EPILOG)(evaluate.tune)
+app.command(cls=Command, epilog=batch.EPILOG)(batch.batch)
+app.command(cls=Command, epilog=serve.EPILOG)(serve.serve)
+app.command(cls=Command, epilog=demo.EPILOG)(demo.demo)
+app.command(cls=Command, epilog=cost.EPILOG)(cost.cost)
+app.command(cls=Command, epilog=bench.EPILOG)(bench.bench)
+app.command(cls=Command, epilog=analyze.EPILOG)(analyze.analyze)
+app.command(cls=Command, epilog=doctor.EPILOG)(doctor.doctor)
 app.add_typer(zoo.app, name="zoo")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from visiontrim.core.errors import TrimError
 
@@ -74,6 +75,17 @@ Size = Annotated[
         metavar="HxW[xFRAMES]", help="Picture in pixels, or a video. Default: the preset's, or the encoder's."
     ),
 ]
+
+
+class Command(TyperCommand):
+    """A command in whose help flags have no type."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False) and getattr(param, "metavar", None) is None:
+                param.metavar = ""  # pyright: ignore[reportAttributeAccessIssue]
+        return params
 
 
 def amount_of(text: str) -> int | float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import numbers
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -28,7 +29,24 @@ def register(cls: MethodType) -> MethodType:
     """Class decorator: make a method available under its ``name``."""
     if (known := _registered.setdefault(cls.name, cls)) is not cls:
         raise TrimError(f"two methods are called {cls.name!r}: {known.__module__} and {cls.__module__}; rename one")
+    _take_plain_numbers(cls)
     return cls
+
+
+def _take_plain_numbers(cls: type[Method]) -> None:
+    """Numbers of numpy, as loops over budgets have them, become Python's when a method is made."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def init(self: Method, *args: Any, **options: Any) -> None:
+        made(self, *map(_plain, args), **{name: _plain(value) for name, value in options.items()})
+
+    cls.__init__ = init
+
+
+def _plain(value: Any) -> Any:
+    """``np.int64(64)`` as 64."""
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
 
 
 @functools.cache

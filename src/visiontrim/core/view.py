@@ -43,6 +43,8 @@ class View:
     """How many of those stand in segments before this one."""
     marked: Bool[Tensor, "batch tokens"] | None = None
     """Tokens that an earlier step marked (:attr:`Keep.marked`); None: no step marked any."""
+    noted: Float[Tensor, "batch tokens"] | None = None
+    """A number of each token that an earlier step noted last (:attr:`Keep.noted`); None: no step noted any."""
     encoder: EncoderSignals = field(default_factory=EncoderSignals)
     decoder: DecoderSignals = field(default_factory=DecoderSignals)
     text: TextSignals = field(default_factory=TextSignals)
@@ -127,6 +129,8 @@ class Keep:
 
     marked: Bool[Tensor, "batch kept"] | None = None
     """Outputs that later steps see as marked, besides those that are already; None: no more."""
+    noted: Float[Tensor, "batch kept"] | None = None
+    """A number of each output that later steps see, in place of what was noted before; None: that stays."""
     lattice: tuple[int, int, int] | None = None
     """(frames, rows, columns) that the outputs form in raster order (encoder layers only); None: no such box."""
 

@@ -30,8 +30,8 @@ from visiontrim.engine.upstream import Cache
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
 
-_OF_THE_LAYER_PASSED = {"last_attention", "text_attention", "queries", "keys"}
-_TWO_SIDED = ("normed", "queries", "keys", "rotary")
+_OF_THE_LAYER_PASSED = {"last_attention", "text_attention", "queries", "keys", "values"}
+_TWO_SIDED = ("normed", "queries", "keys", "values", "rotary")
 _GIVEN = {DecoderSignals.spelled(name) for name in DecoderSignals.names} | {"text.question"}
 
 ROWS = 64
@@ -51,6 +51,7 @@ class Hearing:
         self._context = context
         self._needs = {layer: DecoderSignals.among(step.needs) for layer, step in steps.items()}
         self._passed = {layer - 1 for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
+        self._of_values = {layer - 1 for layer, needs in self._needs.items() if "values" in needs}
         self._coming = {layer for layer, needs in self._needs.items() if "next_attention" in needs}
         self.remembers = {layer - 1 for layer, needs in self._needs.items() if "previous" in needs}
         """Decoder layers whose input is kept."""
@@ -60,7 +61,11 @@ class Hearing:
     def attach(self) -> list[AttentionProbe]:
         """Install the probes and return what removes them again."""
         return [
-            AttentionProbe(self._family.decoder_attention(layer), functools.partial(self._hear, layer))
+            AttentionProbe(
+                self._family.decoder_attention(layer),
+                functools.partial(self._hear, layer),
+                self._hear_values if layer in self._of_values else None,
+            )
             for layer in sorted(self._passed | self._coming | self._before_answers)
         ]
 
@@ -75,6 +80,11 @@ class Hearing:
             raise _Heard
         if layer in self._passed:
             prefill.heard.passed = Attended(query, key, scaling)
+
+    def _hear_values(self, value: Tensor) -> None:
+        prefill = self._context.forward
+        if isinstance(prefill, Prefill) and not prefill.heard.ahead:
+            prefill.heard.values = value
 
     def enter(self, prefill: Prefill, embeds: Float[Tensor, "batch length dim"]) -> None:
         """Keep the input embeddings if a step will ask for them."""
@@ -101,6 +111,8 @@ class Hearing:
             prefill.heard.normed = self._family.final_norm(hidden)
         if "rotary" in needs:
             prefill.heard.rotary = _cosines_and_sines(kwargs.get("position_embeddings"), layer)
+        if "mean_rotary" in needs:
+            prefill.heard.mean_rotary = _mean_rotary(kwargs.get("position_embeddings"), layer)
         if layer - 1 in self._passed:
             check_heard(prefill.heard.passed is not None, f"the attention of decoder layer {layer - 1}")
         if "next_attention" in needs:
@@ -136,6 +148,13 @@ def _cosines_and_sines(rotary: Any, layer: int) -> Float[Tensor, "batch width di
     if not isinstance(rotary, tuple) or len(rotary) != 2 or rotary[0].ndim != 3:
         raise TrimError(f"decoder layer {layer} has no plain rotary position encoding, which this method corrects for")
     return torch.cat(rotary, -1)
+
+
+def _mean_rotary(rotary: Any, layer: int) -> Float[Tensor, "batch width 2"]:
+    if not isinstance(rotary, tuple) or len(rotary) != 2:
+        raise TrimError(f"decoder layer {layer} has no rotary position encoding, by which this method chooses")
+    means = torch.stack([part.float().mean(-1) for part in rotary], -1)
+    return means.mean(0) if means.ndim == 4 else means  # some releases give the axes of mRoPE one by one
 
 
 def _heads_first(values: Tensor) -> Tensor:
@@ -197,9 +216,11 @@ class Asked:
     def _chunk_wide(self) -> dict[str, Tensor]:
         """Signals as [batch, width, ...] over all tokens of the chunk that are left."""
         heard, width = self._prefill.heard, self._hidden.shape[1]
-        wide = {"previous": heard.previous, "normed": heard.normed, "rotary": heard.rotary}
-        if wide["rotary"] is not None:
-            wide["rotary"] = wide["rotary"].expand(len(self._hidden), -1, -1)
+        wide = {"previous": heard.previous, "normed": heard.normed}
+        for name, rotary in (("rotary", heard.rotary), ("mean_rotary", heard.mean_rotary)):
+            wide[name] = None if rotary is None else rotary.expand(len(self._hidden), -1, -1)
+        if heard.values is not None:
+            wide["values"] = heard.values[:, :, -width:].transpose(1, 2)
         if heard.passed is not None:
             query, key, scaling = heard.passed
             wide["keys"] = key[:, :, -width:].transpose(1, 2)
@@ -221,9 +242,11 @@ class Asked:
     ) -> Float[Tensor, "rows heads places keys"]:
         """Attention, in decoder layer ``layer``, from ``places`` of the batch's ``rows`` to all keys."""
         prefill, (query, key, scaling) = self._prefill, attended
-        mask = chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, prefill.alive.valid)
-        mask = mask[:, -key.shape[2] :]  # a cache that lacks tokens lacks its first columns
-        return attention_rows(query[rows], key[rows], places, scaling=scaling, causal=True, key_mask=mask[rows])
+        alive = prefill.alive
+        valid = alive.valid if alive.padded else None
+        mask = chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, valid, alive.width)
+        mask = None if mask is None else mask[rows, -key.shape[2] :]  # a cache that lacks tokens lacks first columns
+        return attention_rows(query[rows], key[rows], places, scaling=scaling, causal=True, key_mask=mask)
 
     def _text_attention(
         self, rows: Int[Tensor, " images"], column: Int[Tensor, "images kept"], start: int

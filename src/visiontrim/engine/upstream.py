@@ -15,12 +15,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import __version__, cache_utils, masking_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "Upstream"]
+__all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "Upstream"]
 
 RELEASE = __version__
 RELEASES = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
@@ -29,6 +30,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 """What the key-value cache has been called as an argument and as a field of outputs, the newest name first."""
 FEATURE_NAMES = ("mm_encoder_outputs",)
 """What the argument has been called in which generate() hands encoded images on; before 5.19 there was none."""
+FEATURE_FIELDS = ("image_", "video_")
+"""How fields begin in which the output of a model hands features of images and videos out."""
 MASKS = {"full_attention": "create_causal_mask", "sliding_attention": "create_sliding_window_causal_mask"}
 """By the type of a decoder layer, the function of transformers that makes its attention mask."""
 
@@ -63,6 +66,16 @@ def given_features(arguments: Mapping[str, Any]) -> bool:
 def given_pixels(arguments: Mapping[str, Any]) -> bool:
     """Whether keyword arguments bring images or videos that are still to be encoded."""
     return any(value is not None for name, value in arguments.items() if name.startswith("pixel_values"))
+
+
+def recomputes_hooks(module: nn.Module) -> bool:
+    """Whether gradient checkpointing calls ``module`` anew with its hooks, as before 5.23, not its forward alone."""
+    return hasattr(module, "gradient_checkpointing") and type(module).__call__ is not nn.Module.__call__
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether the backward pass will compute the layers of ``model`` anew, which then cache nothing."""
+    return getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
 
 
 class Upstream:

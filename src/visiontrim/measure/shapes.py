@@ -40,7 +40,7 @@ class Shape:
         Raises :class:`TrimError` for what is none of these.
         """
         if name == BUNDLED:
-            return cls._of_config(name, AutoConfig.from_pretrained(zoo.MODEL_DIR))
+            return cls.of_config(name, AutoConfig.from_pretrained(zoo.MODEL_DIR))
         path = PRESETS / f"{name}.json"
         if path.parent == PRESETS and path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -52,10 +52,11 @@ class Shape:
                 f"{', '.join(preset_names())}"
             )
         check_there("configuration of", name, checkpoints())
-        return cls._of_config(name, loaded("configuration of", name, AutoConfig.from_pretrained))
+        return cls.of_config(name, loaded("configuration of", name, AutoConfig.from_pretrained))
 
     @classmethod
-    def _of_config(cls, name: str, config: PreTrainedConfig) -> Shape:
+    def of_config(cls, name: str, config: PreTrainedConfig) -> Shape:
+        """That of a configuration. Raises :class:`TrimError` for one of a model that sees no pictures."""
         vision: Any = getattr(config, "vision_config", None)
         if vision is None:
             raise TrimError(
@@ -86,7 +87,9 @@ class Shape:
         torch.set_default_dtype(dtype)  # so that no tensor is made in a wider type first
         try:
             with torch.device(device):
-                return AutoModelForImageTextToText.from_config(self.config, attn_implementation=attention).eval()
+                return AutoModelForImageTextToText.from_config(
+                    self.config, dtype=dtype, attn_implementation=attention
+                ).eval()
         finally:
             torch.set_default_dtype(before)
 

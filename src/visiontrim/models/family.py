@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from inspect import Parameter, signature
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -135,7 +136,8 @@ class Family(ABC):
         """Which of ``input_ids`` stand for tokens of ``kind``, or of any kind."""
         config = self.model.config
         ids = [getattr(config, f"{name}_token_id") for name in ((kind,) if kind else self.kinds)]
-        return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+        first, *others = (input_ids == number for number in ids)  # numbers stay on the host
+        return functools.reduce(torch.logical_or, others, first)
 
     def attentions(self, kind: Kind) -> Sequence[Any]:
         """The attention modules of the encoder's layers, in order; () if they cannot be listened to."""
@@ -205,7 +207,17 @@ class Family(ABC):
                 f"{type(self).__name__} sees every image as {sides[0]} x {sides[1]} pixels, not as "
                 f"{picture.height} x {picture.width}: leave the size out"
             )
-        return {"pixel_values": torch.randn(1, 3, *sides)}
+        noise = {"pixel_values": torch.randn(1, 3, *sides)}
+        wanted = signature(self.core.get_image_features).parameters.get("image_sizes")
+        if wanted is not None and wanted.default is Parameter.empty:
+            noise["image_sizes"] = torch.tensor([sides])
+        return noise
+
+    def along(self, input_ids: Int[Tensor, "batch tokens"], kind: Kind) -> dict[str, Tensor]:
+        """What the processor gives beside ``input_ids`` of a prompt with pictures of one kind, as long as they are."""
+        if not self.mrope:
+            return {}
+        return {"mm_token_type_ids": self.placeholders(input_ids).long() * (1 if kind == "image" else 2)}
 
     @abstractmethod
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:

@@ -52,6 +52,9 @@ class PaliGemma(_Gemma):
     def vision_width(self) -> int:
         return self.model.config.vision_config.hidden_size
 
+    def along(self, input_ids: Tensor, kind: Kind) -> dict[str, Tensor]:
+        return {"token_type_ids": input_ids.new_zeros(input_ids.shape)}
+
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         return [Visual.of_grid(self.picture)] * len(arguments["pixels"])
 
@@ -67,6 +70,9 @@ class Gemma3(_Gemma):
     def picture(self) -> Grid:
         side = self.core.multi_modal_projector.tokens_per_side
         return 1, side, side
+
+    def along(self, input_ids: Tensor, kind: Kind) -> dict[str, Tensor]:
+        return {"token_type_ids": self.placeholders(input_ids).long()}
 
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         return equal_grids(lengths or (), self.picture)

@@ -103,6 +103,9 @@ class Idefics3(_Square):
         super().__init__(model)
         self.factor = self.model.config.scale_factor
 
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        return {key: value[None] for key, value in super().noise(picture).items()}
+
     @property
     def language_model(self) -> Any:
         return self.core.text_model

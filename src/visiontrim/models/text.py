@@ -164,6 +164,11 @@ def guidance_of(
     if text_tower is not None:
         if isinstance(text_tower, CLIPModel):
             raise TrimError("a CLIPModel alone cannot read text: pass TextTower(model, tokenizer), or its name")
+        if not isinstance(text_tower, str | Path | TextTower):
+            raise TrimError(
+                f"a {type(text_tower).__name__} is no text tower: pass the name or directory of a CLIP checkpoint, or "
+                "TextTower(model, tokenizer)"
+            )
         tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
         tower.check_fits(family)
         return tower

@@ -58,6 +58,9 @@ class Report:
         full = trace.past + trace.length
         keys = trace.cache_lengths or trace.attended
         every = (trace.length,) * layers
+        holding = [layer not in family.recurrent for layer in range(layers)]
+        whole = tuple(full * holds for holds in holding)
+        keys = tuple(length * holds for length, holds in zip(keys, holding, strict=True))
         return cls(
             method=str(method),
             images=len(images),
@@ -66,9 +69,9 @@ class Report:
             per_layer=tuple(_mean(image.per_layer[layer] for image in images) for layer in range(layers)),
             stages=_stages(images),
             kv_bytes=trace.cache_bytes,
-            kv_bytes_plain=trace.cache_bytes * trace.batch * layers * full // cached if cached else 0,
+            kv_bytes_plain=trace.cache_bytes * trace.batch * sum(whole) // cached if cached else 0,
             flops=trace.batch * _prefill_flops(family, trace.widths, trace.attended, keys),
-            flops_plain=trace.batch * _prefill_flops(family, every, every, (full,) * layers),
+            flops_plain=trace.batch * _prefill_flops(family, every, every, whole),
             notes=(*_whole(images, method), *_beyond(trace, family, rule)),
         )
 
@@ -179,7 +182,7 @@ def _stages(images: list[_Image]) -> tuple[dict[str, Any], ...]:
 
 def _prefill_flops(family: Family, widths: tuple[int, ...], attended: tuple[int, ...], keys: tuple[int, ...]) -> int:
     """FLOPs of the decoder layers for one row of ``widths`` tokens: ``attended`` of them, or of what they were merged
-    from, attend to ``keys`` keys in each layer."""
+    from, attend to ``keys`` keys in each layer: none where that has linear attention, whose weights alone count."""
     config = family.language_model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads_width = config.num_attention_heads * head_dim

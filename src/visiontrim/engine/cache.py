@@ -24,11 +24,14 @@ from visiontrim.core.errors import TrimError
 from visiontrim.engine.upstream import (
     CACHE_TENSORS,
     QUANTIZED,
+    SHARED,
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
     given_cache,
+    holds_tokens,
 )
 
 
@@ -262,7 +265,7 @@ def check_cache(cache: Cache | None, even: bool) -> None:
                 "between decoder layers or move: use the method's vision stage alone with positions='keep', or a "
                 "DynamicCache (cache_implementation=None or 'dynamic')"
             )
-        if not can_lack(layer):
+        if not can_lack(layer) and type(layer) not in (LinearAttentionLayer, *SHARED):
             raise TrimError(
                 f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
                 "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"
@@ -320,7 +323,7 @@ def make_trimmed(cache: Cache, index: int) -> Trimmed:
 def physical_length(cache: Cache, index: int) -> int:
     """Tokens that layer ``index`` really holds, or has room for if it is static."""
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
-    if layer is None or getattr(layer, "is_initialized", False) is False:
+    if layer is None or not holds_tokens(layer) or getattr(layer, "is_initialized", False) is False:
         return 0
     if isinstance(layer, StaticLayer):
         return layer.max_cache_len  # what is allocated: how much of it is in use is on the device

@@ -44,7 +44,7 @@ ARGUMENTS: dict[str, tuple[Name, ...]] = {
 """Arguments of forwards, and of the functions that make masks. The core holds encoder and text model, the model the
 language model's head. Of decoder layers they are relied on where a run changes what these get."""
 MEMBERS: dict[str, tuple[str, ...]] = {
-    "text model": ("layers", "config", "rotary_emb"),
+    "text model": ("layers", "config"),
     "core": ("get_image_features",),
     "model": ("model", "generate"),
     "cache": ("layers", "get_seq_length", "get_mask_sizes"),

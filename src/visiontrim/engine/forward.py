@@ -114,7 +114,9 @@ class Heard:
     """What the language model showed on the way, for the next step to see (:mod:`.hearing`)."""
 
     passed: Attended | None = None
-    """The layer just passed."""
+    """The layer just passed; where that has no attention, the layer to come."""
+    of: int = 0
+    """Which decoder layer ``passed`` is of."""
     coming: Attended | None = None
     """The layer to come."""
     ahead: bool = False

@@ -26,7 +26,7 @@ from visiontrim.engine.contract import check_heard
 from visiontrim.engine.forward import Attended, Prefill
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.signals import check_needs
-from visiontrim.engine.upstream import Cache
+from visiontrim.engine.upstream import Cache, Upstream
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
 
@@ -45,14 +45,24 @@ class _Heard(Exception):  # noqa: N818  # no error: it ends a look ahead
 class Hearing:
     """Listens to the decoder layers around the steps, and keeps what their views will show."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], decoding: Decoding | None, context: Context) -> None:
+    def __init__(
+        self,
+        family: Family,
+        upstream: Upstream,
+        steps: Mapping[int, Step],
+        decoding: Decoding | None,
+        context: Context,
+    ) -> None:
         self._family = family
         self._before_answers = set() if decoding is None else {decoding.layer - 1}
         self._context = context
         self._needs = {layer: DecoderSignals.among(step.needs) for layer, step in steps.items()}
-        self._passed = {layer - 1 for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
+        asked = {layer for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
+        self._instead = {layer for layer in asked if layer - 1 in upstream.recurrent}
+        """Decoder layers that show what the layer before, which has no attention, cannot."""
+        self._passed = {layer - 1 for layer in asked - self._instead}
         self._of_values = {layer - 1 for layer, needs in self._needs.items() if "values" in needs}
-        self._coming = {layer for layer, needs in self._needs.items() if "next_attention" in needs}
+        self._coming = self._instead | {layer for layer, needs in self._needs.items() if "next_attention" in needs}
         self.remembers = {layer - 1 for layer, needs in self._needs.items() if "previous" in needs}
         """Decoder layers whose input is kept."""
         for step in steps.values():
@@ -115,9 +125,14 @@ class Hearing:
             prefill.heard.mean_rotary = _mean_rotary(kwargs.get("position_embeddings"), layer)
         if layer - 1 in self._passed:
             check_heard(prefill.heard.passed is not None, f"the attention of decoder layer {layer - 1}")
-        if "next_attention" in needs:
+        if layer in self._coming:
             self._look_ahead(prefill, layer, args, kwargs)
             check_heard(prefill.heard.coming is not None, f"the attention of decoder layer {layer}")
+        if layer in self._instead:
+            prefill.heard.passed = prefill.heard.coming
+            prefill.heard.of = layer
+        else:
+            prefill.heard.of = layer - 1
 
     def _look_ahead(self, prefill: Prefill, layer: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Let ``layer`` run up to its attention, which shows the queries and keys that it is about to compute.
@@ -226,7 +241,7 @@ class Asked:
             wide["keys"] = key[:, :, -width:].transpose(1, 2)
             wide["queries"] = query.transpose(1, 2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         for name, attended, layer in (
-            ("last_attention", heard.passed, self._layer - 1),
+            ("last_attention", heard.passed, heard.of),
             ("next_attention", heard.coming, self._layer),
         ):
             if attended is not None and name in self._needs:
@@ -256,7 +271,7 @@ class Asked:
         places = torch.arange(start, width, device=column.device).expand(len(rows), -1)
         parts = []
         for some in places.split(ROWS, 1):
-            attention = self._attention(attended, self._layer - 1, some, rows)[..., -width:]
+            attention = self._attention(attended, self._prefill.heard.of, some, rows)[..., -width:]
             index = column[:, None, None].expand(-1, *attention.shape[1:3], -1)
             parts.append(attention.gather(3, index))
         return torch.cat(parts, 2)

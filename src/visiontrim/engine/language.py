@@ -36,11 +36,12 @@ from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.removals import expected_lengths, note_removals
 from visiontrim.engine.replaced import Replaced
+from visiontrim.engine.rows import claim_row_ends
 from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
-from visiontrim.engine.upstream import Cache, Upstream, given_cache, recomputes
+from visiontrim.engine.upstream import Cache, Upstream, given_cache, holds_tokens, recomputes
 from visiontrim.models.family import Family
 
 
@@ -75,7 +76,7 @@ class LanguageStage:
         self._even = alone and positions == "keep"
         """Whether all layers are left the same tokens, at their own positions."""
         self._context = context
-        self._hearing = Hearing(family, steps, decoding, context)
+        self._hearing = Hearing(family, upstream, steps, decoding, context)
         self._decoding = DecodingStage(family, decoding, steps, context) if decoding is not None else None
 
     def attach(self) -> list:
@@ -108,7 +109,7 @@ class LanguageStage:
         call, cache, mask = self._context.call, given_cache(kwargs), kwargs.get("attention_mask")
         if call is None:
             return None
-        call.mask, first = mask, trimmed_layer(cache, 0)
+        call.mask, first = mask, trimmed_layer(cache, self._upstream.holding(0))
         if cache is None or first is None:
             return None
         self._check_plain(mask)
@@ -140,7 +141,7 @@ class LanguageStage:
         forward = self._context.forward = self._forward(call, cache, kwargs)
         if self._decoding is not None:
             self._decoding.enter(forward)
-        first = trimmed_layer(cache, 0)
+        first = trimmed_layer(cache, self._upstream.holding(0))
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
         elif first is not None:
@@ -162,11 +163,13 @@ class LanguageStage:
 
     def _check_stages(self, cache: Cache | None) -> None:
         """Refuse a cache that lost tokens where no stage of this run begins: one mask serves a whole stage."""
-        before = 0
+        before, first = 0, self._upstream.holding(0)
         for index in range(len(self._model.layers)):
+            if cache is None or index >= len(cache.layers) or not holds_tokens(cache.layers[index]):
+                continue
             layer = trimmed_layer(cache, index)
             removed = 0 if layer is None else layer.removed
-            if removed != before and index not in self._steps and index:
+            if removed != before and index not in self._steps and index != first:
                 raise TrimError(
                     f"decoder layer {index} of the cache lacks {removed} tokens and the one before it {before}, but no "
                     "stage of this run stands between them: continue the conversation with the method that began it"
@@ -197,6 +200,7 @@ class LanguageStage:
         held = tuple(0 if cache is None else physical_length(cache, n) for n in range(len(self._model.layers)))
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid, held=held)
         place_groups(prefill, self._family)
+        claim_row_ends(prefill, self._family)
         self._hearing.enter(prefill, embeds)
         return prefill
 
@@ -222,13 +226,18 @@ class LanguageStage:
         ]
         prefill.entered = columns
         image = self._family.placeholders(prefill.call.forward_ids)
-        index = self._segments.narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
+        keep = ~(image & is_empty_slot(embeds))
+        for rows, all_marks, staying in zip(prefill.rows, prefill.alive.marks, marks, strict=True):
+            keep[rows[:, None], all_marks[:, staying.shape[1] :]] = False  # some are text
+        index = self._segments.narrow(prefill, 0, keep, columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
         if static(prefill.cache):
             self._reserve(prefill)
         if self._unmerging is not None:
             prefill.repeated = self._unmerging.repeated(prefill, embeds)
         kwargs["position_ids"] = self._segments.positions(prefill, 0)
+        if kwargs.get("per_layer_inputs") is not None:
+            kwargs["per_layer_inputs"] = gather(kwargs["per_layer_inputs"], index)
         if self._family.bidirectional:
             alive = prefill.alive
             kwargs["attention_mask"] = narrowed_mask(kwargs.get("attention_mask"), alive.origin, alive.valid)
@@ -294,6 +303,7 @@ class LanguageStage:
                 )
                 forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:
+                check_window(forward.cache, forward.past + forward.length)
                 index = self._segments.narrow(forward, layer, keep, columns, marks)
                 hidden = gather(hidden, index)
         self._segments.begin(forward, layer, index)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from visiontrim.engine.cache import chunk_mask, make_trimmed, trimmed_layer
 from visiontrim.engine.forward import Alive, Prefill, Removal
+from visiontrim.engine.upstream import holds_tokens
 
 
 def expected_lengths(prefill: Prefill, layers: int, narrow_from: int) -> list[int]:
@@ -40,6 +41,8 @@ def note_removals(prefill: Prefill, layers: int, narrow_from: int, compact: bool
         shorter = prefill.chunk_valid.sum(1) - attended.valid.sum(1) if compact else None
         masks: dict[tuple, Tensor | None] = {}  # layers with the same past have the same mask
         for index in range(removal.start, end):
+            if index < len(cache.layers) and not holds_tokens(cache.layers[index]):
+                continue  # a state knows no tokens
             layer, left = make_trimmed(cache, index), attended
             if index >= narrow_from:
                 left = prefill.alive

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from visiontrim.core.errors import TrimError
 from visiontrim.engine.cache import chunk_mask, trimmed_layer
 from visiontrim.engine.contract import check_given
 from visiontrim.engine.forward import Forward, Prefill, Removal
@@ -39,11 +40,19 @@ class Segments:
         index, prefill.alive = prefill.alive.narrowed(
             keep, columns, marks, prefill.rows, [group.rows for group in prefill.groups]
         )
+        if prefill.past and self._upstream.recurrent and prefill.alive.padded:
+            lengths = prefill.alive.valid.sum(1).tolist()
+            raise TrimError(
+                f"the rows of a further turn would have {', '.join(map(str, lengths))} tokens left, and the padding "
+                "between the turns would go into the state of layers with linear attention: continue one conversation "
+                "at a time"
+            )
         prefill.removals.append(Removal(layer, prefill.alive))
         return index
 
     def key_mask(self, forward: Forward, layer: int) -> KeyMask:
         """Keys that tokens of the chunk may see from decoder layer ``layer`` on."""
+        layer = self._upstream.holding(layer)
         if isinstance(forward, Prefill) and forward.removals:
             valid = forward.alive.valid if forward.alive.padded else None
             return chunk_mask(forward.cache, layer, forward.past_mask, forward.past, valid, forward.alive.width)
@@ -107,12 +116,14 @@ class Segments:
         self, forward: Forward, segment: Segment, layer: int, hidden: Tensor, given: Mapping[str, Any]
     ) -> tuple[Tensor, ...] | None:
         """Cosines and sines of the tokens that are left; None: those of the model are right."""
+        if layer in self._upstream.recurrent:
+            return None
         if self._compact and segment.steps > 1:
             return self._turn(forward, segment, layer, hidden)
         own, made = given.get("position_embeddings"), segment.rotary
         if self._compact or (self._members is not None and isinstance(forward, Prefill)):
             own = self._upstream.kinds[layer]
-        elif segment.places is None:
+        elif segment.places is None or (own is None and "position_embeddings" in given):  # some have no positions
             return None
         check_given("position_embeddings", given, layer)
         if made is None or made[0] is not own:

@@ -26,8 +26,10 @@ from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.upstream import (
     FEATURE_FIELDS,
+    SHARED,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     Upstream,
     given_cache,
     given_features,
@@ -71,6 +73,8 @@ class Session:
         sites, decoding = Sites.of(family, method, _between_layers(family, upstream)), method.decoding
         check_arguments(family, upstream, layers=bool(sites.language) or decoding is not None or positions != "keep")
         _check_layers(family, upstream, sites.language, decoding)
+        if positions == "unmerged":
+            _check_unmerged(upstream)
         memory = Memory(remember, once_each=not sites.encoder) if remember else None
         narrow = _narrows_cache(method)
         language = LanguageStage(family, sites.language, decoding, positions, narrow, upstream, context)
@@ -214,17 +218,44 @@ def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Ste
             f"{type(family).__name__} lets image tokens attend in both directions, so none can be removed or hidden "
             f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
-    possible = (DynamicLayer,) if inside else (DynamicLayer, DynamicSlidingWindowLayer)
     layers = upstream.new_cache().layers
-    if len(layers) < len(family.language_model.layers):
+    shared = [index for index, layer in enumerate(layers) if isinstance(layer, SHARED)]
+    if len(layers) < len(family.language_model.layers) or (shared and inside):
         raise TrimError(
-            f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "
+            f"decoder layer {min([*shared, len(layers)])} and later ones use the keys and values of earlier layers, "
+            "which would have to lack the same tokens: use a method's vision stage alone"
+            if shared
+            else f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "
             "whose layers all have their own are supported"
         )
     for index, layer in enumerate(layers):
-        if type(layer) not in possible:
-            alone = ", with sliding windows at a method's vision stage alone" if len(possible) == 1 else ""
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, *SHARED):
             raise TrimError(
-                f"decoder layer {index} caches in a {type(layer).__name__}: only full-attention decoders are supported "
-                f"(no linear attention or shared keys and values{alone})"
+                f"decoder layer {index} caches in a {type(layer).__name__}, of which it is not known how it could lack "
+                "tokens: only layers with keys and values of their own, and those with linear attention or short "
+                "convolutions, are supported"
             )
+    if not (recurrent := upstream.recurrent):
+        return
+    holding = [index for index in range(1, len(layers)) if index not in recurrent]
+    if decoding is not None:
+        raise TrimError(
+            f"from decoder layer {decoding.layer} on the answer would see a part of the vision tokens, but layers "
+            f"with linear attention ({min(recurrent)}, ...) keep no tokens that could be hidden: use a method that "
+            "removes them in the prefill"
+        )
+    for index in sorted(language):
+        if index in recurrent:
+            raise TrimError(
+                f"decoder layer {index} has linear attention or a convolution, whose queries rank no tokens: stages "
+                f"of this model stand before layers with full attention, {', '.join(map(str, holding))}"
+            )
+
+
+def _check_unmerged(upstream: Upstream) -> None:
+    if upstream.recurrent:
+        raise TrimError(
+            "positions='unmerged' lets a merged token stand in attention at the places of all of its members, but "
+            f"decoder layer {min(upstream.recurrent)} has a recurrence instead, which takes every token once: use "
+            "positions='keep' or a method that merges nothing"
+        )

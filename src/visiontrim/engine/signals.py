@@ -54,7 +54,8 @@ def encoder_signals(
     special, inside = family.special_tokens, encoding.merged
     chunks = family.chunks(encoding.kind, encoding.arguments) if inside is None else inside.chunks()
     bias = None if inside is None else inside.bias(special)
-    for q, k in _by_chunk(query, key, chunks):
+    filled = family.filled(encoding.kind, encoding.arguments) if inside is None else None
+    for q, k in _by_chunk(query, key, chunks) if filled is None else _by_row(query, key, filled):
         for signal in signals:
             yield signal, _signal(name_of(signal), q, k, scaling, special, bias).flatten(0, 1)
 
@@ -111,6 +112,12 @@ def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[
     if chunks is None or query.shape[2] != sum(chunks):
         return [(query, key)]
     return zip(query.split(chunks, dim=2), key.split(chunks, dim=2), strict=True)
+
+
+def _by_row(query: Tensor, key: Tensor, filled: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries and keys of every row without its padding."""
+    for row, length in enumerate(filled):
+        yield query[row : row + 1, :, :length], key[row : row + 1, :, :length]
 
 
 def of_placeholders(family: Family, encoding: Encoding) -> dict[Key, Float[Tensor, "placeholders *rest"]]:

@@ -142,6 +142,8 @@ _HEAD_DIM = _WIDTH // _HEADS
 _NARROW_TEXT = {
     "hidden_size": _WIDTH,
     "intermediate_size": _WIDTH,
+    "moe_intermediate_size": _WIDTH,
+    "shared_expert_intermediate_size": _WIDTH,
     "num_attention_heads": _HEADS,
     "num_key_value_heads": _HEADS,
     "head_dim": _HEAD_DIM,

@@ -122,6 +122,7 @@ class Mistral3(Family):
     """Pixtral encoder: images of any size in one sequence, merged in the projector."""
 
     model_types = ("mistral3",)
+    row_ends = True
     checkpoints = "Mistral Small 3.1 and later, Ministral 3"
     scores = "attention received, mean over each merged unit"
 

@@ -137,12 +137,12 @@ class EmbeddingGuidance(Guidance):
 
     @torch.no_grad()
     def encode(self, questions: Sequence[str]) -> Text:
-        embedding = self._family.language_model.embed_tokens
-        limit = self._family.language_model.config.max_position_embeddings
+        embedding = self._family.language_model.get_input_embeddings()
+        limit = getattr(self._family.language_model.config, "max_position_embeddings", None)
         encoded = []
         for question in questions:
             ids = self._tokenizer(question, add_special_tokens=False)["input_ids"]
-            if len(ids) > limit:
+            if limit is not None and len(ids) > limit:
                 raise TrimError(f"the question has {len(ids)} tokens, more than the model's {limit} positions")
             encoded.append(embedding(torch.tensor(ids, device=embedding.weight.device)))
         return _padded(encoded, self.scale)

@@ -20,6 +20,7 @@ from visiontrim.measure.cost import costs
 from visiontrim.measure.ideal import Ideal
 from visiontrim.measure.memory import peak_bytes
 from visiontrim.measure.noise import noise_prompt
+from visiontrim.measure.plot import _style
 from visiontrim.measure.shapes import Shape
 from visiontrim.models.family import Picture, family_of
 
@@ -131,3 +132,13 @@ def test_layers_are_for_presets():
     error = CliRunner().invoke(app, ["bench", "bundled", "--layers", "2"]).exception
     assert isinstance(error, vt.TrimError)
     assert "--layers is for presets" in str(error)
+
+
+def test_lines_of_equal_times_are_told_apart():
+    styles = [_style("", number) for number in range(8)]
+    for name in ("fmt", "ms"):
+        assert len({style[name] for style in styles[:5]}) == 5
+    assert len({style["fmt"] for style in styles}) == 8
+    widths = [style["lw"] for style in styles]
+    assert widths == sorted(widths, reverse=True), "what is drawn over others is thinner"
+    assert all(style["mfc"] == "none" for style in styles)

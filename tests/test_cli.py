@@ -72,7 +72,7 @@ def test_ask_prints_the_answer_and_the_report(cli, scene):
     assert (code, err) == (0, "")
     answer, report = out.splitlines()
     assert answer.strip()
-    assert "576 -> 64 vision tokens" in report
+    assert "576 -> 146 vision tokens, mean 64.2 per layer" in report
 
 
 def test_json_is_one_object(cli, scene):
@@ -114,7 +114,7 @@ def test_compare(cli, scene, tmp_path):
     assert plain["tokens"]["kept"] == 576
     assert plain["answer"] == SAMPLES[0].answer
     assert plain["kv_bytes"] > 5 * told["kv_bytes"]
-    assert told["trace"]["vision"] == {"dominant": 48, "complement": 16}
+    assert told["trace"]["vision"] == {"dominant": 110, "complement": 36}
     assert told["map"] == str(picture)
     assert Image.open(picture).width == 768
 
@@ -123,7 +123,7 @@ def test_compare_table(cli, scene):
     code, out, err = cli("ask", scene, QUESTION, "--compare", "--keep", "64")
     assert (code, err) == (0, "")
     cells = {line.split("│")[1].strip(): line.split("│")[2:5] for line in out.splitlines() if line.count("│") > 4}
-    assert [cell.strip() for cell in cells["vision tokens in"]] == ["576", "64", "89%"]
+    assert [cell.strip() for cell in cells["vision tokens in"]] == ["576", "146", "75%"]
     assert cells["answer"][0].strip() == SAMPLES[0].answer
     assert cells["method"][0].strip() == "0.0 ms"
 
@@ -341,7 +341,7 @@ def test_prompts(monkeypatch):
 def test_the_report_of_several_pictures_counts_all_of_them(cli, scene):
     code, out, _ = cli("ask", scene, scene, scene, "what color is the star?", "--keep", "64")
     assert code == 0
-    assert "1728 -> 192 vision tokens of 3 images (576 -> 64 vision tokens each), mean 64.0 per layer and image" in out
+    assert "1728 -> 438 vision tokens of 3 images (576 -> 146 vision tokens each), mean 64.2 per layer and image" in out
     assert "the prompt takes 1,737 positions, the model was made for 1,024" in out, "survivors keep their own"
     code, out, _ = cli("ask", scene, scene, "what color is the star?", "--compare", "--method", "random:layer=2")
     assert "the prompt takes 1,161 positions, the model was made for 1,024" in out
@@ -364,7 +364,7 @@ def test_the_examples_keep_48_and_16_of_576(cli):
     pictures = sorted((Path(__file__).parent.parent / "examples").glob("*.png"))
     assert pictures
     question = "what color is the star?"
-    code, out, _ = cli("ask", *pictures, question, "--keep", "64", "--json")
+    code, out, _ = cli("ask", *pictures, question, "--method", "visiontrim:keep=64,stages=vision", "--json")
     told = json.loads(out)
     assert code == 0
     text_config = json.loads((zoo.MODEL_DIR / "config.json").read_text())["text_config"]

@@ -31,6 +31,8 @@ _WEIGHTED = (F.linear, F.conv2d, F.conv3d)
 """Functions that multiply with a weight [channels out, ...]."""
 SAMPLE = 60
 """Text tokens that the stand-in reads at most; what further ones cost is arithmetic."""
+LONGEST = 8192
+"""The same for models with experts or linear attention, where no formula says what further ones cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,8 @@ def costs(
         torch.manual_seed(seed)
         standin = family_of(shape.narrow().build("cpu", torch.float32, "sdpa"))
     real = family_of(shape.build("meta", shape.dtype))
-    counted = min(text, SAMPLE)
+    plain = not real.recurrent and not any(_experts(real.language_model.layers))
+    counted = min(text, SAMPLE if plain else LONGEST)
     inputs = noise_prompt(standin, shape.picture, counted, 1, seed)
     return [_cost(real, standin, inputs, method, answer, batch, text - counted) for method in methods]
 
@@ -189,7 +192,7 @@ def _cost(
         if real.recurrent or found != flops["decoder"]:
             raise TrimError(
                 f"{real.model.config.model_type} has decoder layers of which the formula knows nothing: give at most "
-                f"{SAMPLE} text tokens"
+                f"{text:,} text tokens"
             )
         flops["decoder"] = sum(
             2 * size * (width + more) + wide * (queries + more) * (keys + more) for size, width, queries, keys in rows

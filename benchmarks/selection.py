@@ -156,7 +156,7 @@ def measured(name: str, tokens: int, repeats: int, limit: float) -> dict[str, An
     with Counted() as counted:
         chosen()
     seconds: list[float] = []
-    while not seconds or len(seconds) < repeats and seconds[0] < limit:
+    while not seconds or (len(seconds) < repeats and seconds[0] < limit):
         start = time.process_time()
         chosen()
         seconds.append(time.process_time() - start)

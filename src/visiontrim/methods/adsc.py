@@ -1,9 +1,11 @@
 """ADSC (a reading): thin out the tokens evenly in stages, whatever they show.
 
-"Attention-Driven Self-Compression", arXiv 2602.12618; no official code was found. The abstract says that at selected
-layers a uniform subset of the vision tokens goes on, and that the model reorganises its information for these
-bottlenecks, which points to training. This is the operator by itself, without training: not a reproduction, but the
-null hypothesis that every method with a score has to beat at the same mean per layer.
+"Vision Token Reduction via Attention-Driven Self-Compression for Efficient Multimodal Large Language Models", arXiv
+2602.12618; no official code was found, and of the text only abstract and introduction were at hand, without equations.
+They say that at selected layers a uniform subset of the vision tokens goes on, without any score or module beside the
+model, and that the model reorganises its information for these bottlenecks, which points to training. This is the
+operator by itself, without training: not a reproduction, but the null hypothesis that every method with a score has to
+beat at the same mean per layer.
 
 Of n tokens in raster order, the k centres of equal intervals stay; survivors keep their position ids. Layers and
 strides are not published: the defaults halve the tokens after every quarter of the decoder, which comes near the

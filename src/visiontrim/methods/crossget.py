@@ -12,6 +12,8 @@ left out of the sequence (in the original it counts twice in every softmax, and 
 [CLS] the second term is missing. Tokens merge between layers, as in :mod:`.tome`. Two tokens that are nearest to each
 other tie exactly in the ranking, and the original leaves their order to an unstable sort; here the lower index is
 first.
+
+All pairs of tokens are compared, as any may merge into any: work grows with the square of the tokens, memory does not.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ Differences: the authors' tables were made with the picks in the order of their 
 as here. Distances are float32 (half precision there, which may pick a patch twice). On LLaVA-NeXT it chooses once among
 the patches of overview and tiles together, newlines included; here each segment has its share, and of 320 of 2,880
 tokens 224 to 231 are the same.
+
+The first pick compares all pairs of patches, once each: work grows with their square, memory does not.
 """
 
 from __future__ import annotations

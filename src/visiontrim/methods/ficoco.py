@@ -19,6 +19,8 @@ Differences. The paper compresses inside a layer, between attention and MLP; her
 follows, so the released layers 5, 6, ... 31 are steps before layers 6, 7, ... 31. The released code takes the row *sum*
 against a text *mean*, so that the visual term is about N times heavier, reads text logits that causality forbids, adds
 without dividing, counts prompt tokens as vision tokens, and drops at most 21 tokens a layer.
+
+The dropped tokens of a step are compared with all others: work and memory of a step grow with the product of both.
 """
 
 from __future__ import annotations

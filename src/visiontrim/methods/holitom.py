@@ -22,6 +22,8 @@ Tokens stay in raster order, where it has the static ones of a window first. No 
 option of contextual tokens among the dynamic ones, off by default, is not built.
 
 :class:`HoliTomInner` is the part inside the language model: ``holitom | holitom-inner``.
+
+Densities compare the static tokens of a window with each other: work grows with the square of these.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """ParVTS (a reading): let all tokens pass a few layers, then drop those that are not the prompt's subject.
 
-"Parallel Vision Token Scheduling" (ParVTS), arXiv 2511.18875; no official code and no equations were at hand. The
-abstract fixes this much: vision tokens are split into subject and non-subject ones, both groups are processed in the
+"Parallel Vision Token Scheduling for Fast and Accurate Multimodal LMMs Inference" (ParVTS), arXiv 2511.18875; no
+official code was found, and of the text only abstract and introduction were at hand, without equations. They fix this
+much: vision tokens are split into subject and non-subject ones, both groups are processed in the
 first layers so that their content moves into the question's tokens, then the non-subject path is discarded; up to
 88.9 % of the tokens go (576 to 64), with 70 % fewer FLOPs.
 

@@ -19,6 +19,9 @@ Principal components are exact (randomised and unseeded there). The code for Qwe
 mean over a matrix that is half zeros, so about half of it. The budget that varies over a data set, which needs
 statistics of all its images and is not in the released code, is left out. Without [CLS], the release's variant ranks by
 the attention received.
+
+Exact components take the cube of the patches or of the width, whichever is less, and patches of a group are compared
+with each other: above linear.
 """
 
 from __future__ import annotations

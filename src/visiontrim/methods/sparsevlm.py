@@ -23,6 +23,8 @@ Differences: a mean budget counts the clusters; clusters stand in raster order o
 there, the same ones); the noise that breaks ties of densities is left out (the lower index
 wins); text tokens that share a prompt with several images rate each image they follow. The count by the rank of the
 attention (v1.0) differs from image to image, which a batch cannot hold: it is not here.
+
+The clusters of v1.5 compare all recycled tokens with each other: work grows with the square of the tokens.
 """
 
 from __future__ import annotations

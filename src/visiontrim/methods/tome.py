@@ -5,6 +5,8 @@ Bipartite soft matching on the keys (section 3), means weighted by mass, and att
 
 Where it differs: tokens merge between layers, not between the attention and the MLP of a layer; [CLS] takes no part, so
 sources are the patches 0, 2, 4, ...; survivors stay in raster order; counts are spread so that ``keep`` is met.
+
+Every source is compared with every target: work grows with the square of the tokens, memory does not.
 """
 
 from __future__ import annotations

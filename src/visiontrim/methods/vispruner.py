@@ -10,6 +10,8 @@ Published: ``important`` 0.5 at 128 tokens, 0.75 at 64.
 
 Differences: the released code fails on an odd number of patches left over; here the first half has one more then.
 Without [CLS], the attention received from the other patches ranks.
+
+All pairs of the patches to be thinned are compared, and a round follows on another: work grows with their square.
 """
 
 from __future__ import annotations

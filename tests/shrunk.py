@@ -49,15 +49,38 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2,
 _MINICPM: dict[str, dict[str, Any]] = {"": {"image_token_id": IMAGE}}
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma4": {
-        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+        }
         | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "position_embedding_size": 50},
         "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]},
     },
     "qwen2_5_omni_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
     "qwen3_omni_moe_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
     "aria": {"": {"projector_patch_to_query_dict": {16: 4}}},
+    "deepseek_vl_hybrid": {
+        "high_res_vision_config": {
+            "image_size": 64,
+            "patch_size": 16,
+            "global_attn_indexes": [1],
+            "output_channels": 64,
+        }
+    },
+    "gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision", "mm_embed_dim": 64, "mm_posemb_size": 50}
+        | {"output_proj_dims": 64},
+        "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]},
+    },
     "glmga": {"text_config": {"rope_parameters": _MROPE}},
     "got_ocr2": {"vision_config": {"image_size": 256, "patch_size": 16}},
+    "kimi_k25": {"": {"projection_hidden_size": 64}},
+    "muse_glimmer": {"": {"out_hidden_size": 256}},
+    "muse_spark": {"": {"out_hidden_size": 256}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "step3p7": {"text_config": {"sliding_window": 100}, "vision_config": {"image_size": 224}},
     "minicpm_ocr": _MINICPM,
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
@@ -82,7 +105,7 @@ def shrunk(config: Any, changes: dict[str, Any], part: str = "") -> dict[str, An
             value = wanted if name == "num_hidden_layers" else SIZES[name]
         small[name] = None if name == "eos_token_id" else value
     small.pop("per_layer_config", None)
-    small |= {name: value for name, value in changes.get(part, {}).items()}
+    small |= changes.get(part, {})
     parts = {name: changes[name] for name in changes if part == "" and name and not isinstance(small.get(name), dict)}
     return small | parts
 
@@ -127,21 +150,31 @@ def pixels_of(model: Any, number: int) -> dict[str, Tensor]:
             given["image_merge_sizes"] = torch.tensor([2])
         return {"pixel_values": torch.randn(shape, generator=generator)} | given
     if "image_position_ids" in names:  # patches of 4 x 3 or 2 x 6 units in a padded row
-        factor = vision.pooling_kernel_size
+        factor = getattr(vision, "pooling_kernel_size", 1) if hasattr(vision, "hidden_size") else 1
         rows, columns = (2 * factor, 3 * factor) if number % 2 else (factor, 4 * factor)
         places = torch.full((6 * factor**2 + factor**2, 2), -1)
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
         places[: len(grid)] = grid
-        values = torch.rand(1, len(places), 3 * patch**2, generator=generator)
+        side = getattr(vision, "model_patch_size", patch)
+        values = 0.3 * torch.rand(1, len(places), 3 * side**2, generator=generator)
         return {"pixel_values": values, "image_position_ids": places[None]}
     side = getattr(vision, "image_size", 56)
     side = side if isinstance(side, int) else side[0]
     given = {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
     if "target_sizes" in names:  # patches in one row
         rows, columns = (4, 4) if number % 2 else (4, 8)
+        if model.config.model_type != "minicpm_ocr":  # what is encoded with an image of another size changes it
+            rows = columns = 8
         given = {"pixel_values": torch.randn(1, 3, patch, rows * columns * patch, generator=generator)}
         given["target_sizes"] = torch.tensor([[rows, columns]])
+    if "high_res_pixel_values" in names:
+        given["high_res_pixel_values"] = torch.randn(1, 3, 64, 64, generator=generator)
     return given
+
+
+def _axis(key: str, given: dict[str, Tensor]) -> int:
+    """Along which images of one call stand one after the other."""
+    return -1 if key == "pixel_values" and "target_sizes" in given else 0
 
 
 def prompts(model: Any) -> list[dict[str, Tensor]]:
@@ -159,7 +192,7 @@ def prompts(model: Any) -> list[dict[str, Tensor]]:
             count = sum(part.shape[:-1].numel() for part in parts)
             ids += [START, *[token] * count, END, 30 + number]
         row = {"input_ids": torch.tensor([[*ids, 40, 41]])}
-        row |= {key: torch.cat([one[key] for one in given]) for key in given[0]}
+        row |= {key: torch.cat([one[key] for one in given], _axis(key, given[0])) for key in given[0]}
         rows.append(row)
     return rows
 
@@ -169,7 +202,7 @@ def together(model: Any, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     width = max(row["input_ids"].shape[1] for row in rows)
     ids = torch.cat([pad(row["input_ids"], (width - row["input_ids"].shape[1], 0)) for row in rows])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
-    batch |= {key: torch.cat([row[key] for row in rows]) for key in rows[0] if key != "input_ids"}
+    batch |= {key: torch.cat([row[key] for row in rows], _axis(key, rows[0])) for key in rows[0] if key != "input_ids"}
     named = signature(type(model).forward).parameters
     kinds = (ids == getattr(model.config, "image_token_id", IMAGE)).long()
     return batch | {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in named}

@@ -49,7 +49,7 @@ def test_a_mask_with_holes_is_another_function():
     with vt.trim(model, PLANS["vision"]) as run:
         ours = generate(model, inputs, max_new_tokens=1)
     hidden = hidden_places("qwen3_5", inputs, run.trace)
-    attending = {layer: hidden[0] for layer in (1, 3)}
+    attending = dict.fromkeys((1, 3), hidden[0])
     layers = family_of(model).language_model.layers
     with Masked(model, inputs["attention_mask"], attending) as masked:
         for handle, index in zip(masked.handles, range(len(layers)), strict=True):

@@ -1,7 +1,8 @@
 """What becomes of every model type for images and text.
 
 ``python tests/model_types.py`` prints the table of docs/models.md. Types that run do so in tests, on tiny models. For
-the others there is a reason; where that is what the program says, the class is built here without weights from its default configuration, and has to say it.
+the others there is a reason; where that is what the program says, the class is built here without weights from its
+default configuration, and has to say it.
 """
 
 from __future__ import annotations

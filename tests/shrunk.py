@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fed import fed
+from fed import entering, following
 from tiny import Masked, generate
 
 IMAGE, VIDEO, START, END, LAYERS = 3, 4, 5, 6, 5
@@ -76,7 +76,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "glmga": {"text_config": {"rope_parameters": _MROPE}},
     "got_ocr2": {"vision_config": {"image_size": 256, "patch_size": 16}},
-    "kimi_k25": {"": {"projection_hidden_size": 64}},
+    "kimi_k25": {"": {"projection_hidden_size": 64}, "text_config": {"head_dim": 8, "num_key_value_heads": 4}},
     "muse_glimmer": {"": {"out_hidden_size": 256}},
     "muse_spark": {"": {"out_hidden_size": 256}},
     "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
@@ -224,19 +224,18 @@ def hidden_of(model: Any, family: Any, ids: Tensor, trace: Any) -> dict[int, Ten
     return dict(sorted(hidden.items()))
 
 
-def difference(model: Any, family: Any, rows: list[dict[str, Tensor]], ours: Any, trace: Any) -> float:
+def difference(model: Any, family: Any, batch: dict[str, Tensor], ours: Any, trace: Any) -> float:
     """How far the logits are from those of the plain model that is kept from seeing, or fed without, what is gone."""
-    batch = together(model, rows)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     hidden = hidden_of(model, family, ids, trace)
     if not family.recurrent:
         with Masked(model, mask, hidden):
             reference = generate(model, batch, max_new_tokens=len(ours.logits))
         return float((torch.stack(ours.logits) - torch.stack(reference.logits)).abs().max())
-    worst = 0.0
-    for number, row in enumerate(rows):
-        of_row = {layer: places[number, mask[number]] for layer, places in hidden.items()}
-        alone = together(model, [row])
-        reference = torch.stack(fed(model, alone, of_row, ours.sequences[number, ids.shape[1] :]))
+    worst, entered = 0.0, entering(model, batch)  # together: images of a call may not be independent of each other
+    for number, row in enumerate(mask):
+        of_row = {layer: places[number, row] for layer, places in hidden.items()}
+        alone = (entered[0][number : number + 1, row], entered[1][:, number : number + 1, row])
+        reference = torch.stack(following(model, *alone, of_row, ours.sequences[number, ids.shape[1] :]))
         worst = max(worst, float((torch.stack(ours.logits)[:, number] - reference).abs().max()))
     return worst

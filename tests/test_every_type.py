@@ -26,12 +26,11 @@ def test_what_is_removed_is_unseen(name):
         warnings.simplefilter("ignore")
         model = built(name)
         family = family_of(model)
-        rows = prompts(model)
-        batch = together(model, rows)
+        batch = together(model, prompts(model))
         plain = generate(model, batch, max_new_tokens=2)
         with vt.trim(model, VISION if family.bidirectional else BOTH) as run:
             ours = generate(model, batch, max_new_tokens=2)
-        assert difference(model, family, rows, ours, run.trace) < 2e-5
+        assert difference(model, family, batch, ours, run.trace) < 2e-5
         with vt.trim(model, vt.Random(keep=1.0)):
             whole = generate(model, batch, max_new_tokens=2)
     assert all(a.equal(b) for a, b in zip(whole.logits, plain.logits, strict=True))

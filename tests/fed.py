@@ -16,7 +16,7 @@ from visiontrim.models import family_of
 
 
 def entering(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the text model of the plain model gets: embeddings [1, tokens, dim], positions [axes or 1, 1, tokens]."""
+    """What the text model of the plain model gets: embeddings [rows, tokens, dim], positions [axes, rows, tokens]."""
     text, seen = family_of(model).language_model, {}
 
     def watch(module, args, kwargs) -> None:
@@ -28,7 +28,8 @@ def entering(model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     embeddings, positions = seen["inputs_embeds"], seen.get("position_ids")
     if positions is None:
         positions = torch.arange(embeddings.shape[1])[None]
-    return embeddings, positions[-3:] if positions.ndim == 3 else positions[None]
+    positions = positions[-3:] if positions.ndim == 3 else positions[None]
+    return embeddings, positions.expand(-1, len(embeddings), -1)
 
 
 def next_logits(model, embeddings: Tensor, positions: Tensor, hidden: Mapping[int, Tensor]) -> Tensor:
@@ -58,7 +59,13 @@ def next_logits(model, embeddings: Tensor, positions: Tensor, hidden: Mapping[in
 
 def fed(model, inputs: Mapping[str, Tensor], hidden: Mapping[int, Tensor], answer: Tensor) -> list[Tensor]:
     """Logits [vocabulary] of every token of ``answer`` for one row without padding, the answer being given."""
-    embeddings, positions = entering(model, inputs)
+    return following(model, *entering(model, inputs), hidden, answer)
+
+
+def following(
+    model, embeddings: Tensor, positions: Tensor, hidden: Mapping[int, Tensor], answer: Tensor
+) -> list[Tensor]:
+    """The same after what :func:`entering` gives of one row."""
     logits = []
     for token in answer.tolist():
         logits.append(next_logits(model, embeddings, positions, hidden))

@@ -14,7 +14,7 @@ import transformers as hf
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fed import fed
+from fed import entering, following
 from tiny import Masked, generate
 
 IMAGE, VIDEO, START, END, LAYERS = 3, 4, 5, 6, 5
@@ -61,8 +61,26 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
     "qwen3_omni_moe_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
     "aria": {"": {"projector_patch_to_query_dict": {16: 4}}},
+    "deepseek_vl_hybrid": {
+        "high_res_vision_config": {
+            "image_size": 64,
+            "patch_size": 16,
+            "global_attn_indexes": [1],
+            "output_channels": 64,
+        }
+    },
+    "gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision", "mm_embed_dim": 64, "mm_posemb_size": 50}
+        | {"output_proj_dims": 64},
+        "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]},
+    },
     "glmga": {"text_config": {"rope_parameters": _MROPE}},
     "got_ocr2": {"vision_config": {"image_size": 256, "patch_size": 16}},
+    "kimi_k25": {"": {"projection_hidden_size": 64}, "text_config": {"head_dim": 8, "num_key_value_heads": 4}},
+    "muse_glimmer": {"": {"out_hidden_size": 256}},
+    "muse_spark": {"": {"out_hidden_size": 256}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "step3p7": {"text_config": {"sliding_window": 100}, "vision_config": {"image_size": 224}},
     "minicpm_ocr": _MINICPM,
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
@@ -132,21 +150,31 @@ def pixels_of(model: Any, number: int) -> dict[str, Tensor]:
             given["image_merge_sizes"] = torch.tensor([2])
         return {"pixel_values": torch.randn(shape, generator=generator)} | given
     if "image_position_ids" in names:  # patches of 4 x 3 or 2 x 6 units in a padded row
-        factor = vision.pooling_kernel_size
+        factor = getattr(vision, "pooling_kernel_size", 1) if hasattr(vision, "hidden_size") else 1
         rows, columns = (2 * factor, 3 * factor) if number % 2 else (factor, 4 * factor)
         places = torch.full((6 * factor**2 + factor**2, 2), -1)
         grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
         places[: len(grid)] = grid
-        values = torch.rand(1, len(places), 3 * patch**2, generator=generator)
+        side = getattr(vision, "model_patch_size", patch)
+        values = 0.3 * torch.rand(1, len(places), 3 * side**2, generator=generator)
         return {"pixel_values": values, "image_position_ids": places[None]}
     side = getattr(vision, "image_size", 56)
     side = side if isinstance(side, int) else side[0]
     given = {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
     if "target_sizes" in names:  # patches in one row
         rows, columns = (4, 4) if number % 2 else (4, 8)
+        if model.config.model_type != "minicpm_ocr":  # what is encoded with an image of another size changes it
+            rows = columns = 8
         given = {"pixel_values": torch.randn(1, 3, patch, rows * columns * patch, generator=generator)}
         given["target_sizes"] = torch.tensor([[rows, columns]])
+    if "high_res_pixel_values" in names:
+        given["high_res_pixel_values"] = torch.randn(1, 3, 64, 64, generator=generator)
     return given
+
+
+def _axis(key: str, given: dict[str, Tensor]) -> int:
+    """Along which images of one call stand one after the other."""
+    return -1 if key == "pixel_values" and "target_sizes" in given else 0
 
 
 def prompts(model: Any) -> list[dict[str, Tensor]]:
@@ -164,7 +192,7 @@ def prompts(model: Any) -> list[dict[str, Tensor]]:
             count = sum(part.shape[:-1].numel() for part in parts)
             ids += [START, *[token] * count, END, 30 + number]
         row = {"input_ids": torch.tensor([[*ids, 40, 41]])}
-        row |= {key: torch.cat([one[key] for one in given]) for key in given[0]}
+        row |= {key: torch.cat([one[key] for one in given], _axis(key, given[0])) for key in given[0]}
         rows.append(row)
     return rows
 
@@ -174,7 +202,7 @@ def together(model: Any, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     width = max(row["input_ids"].shape[1] for row in rows)
     ids = torch.cat([pad(row["input_ids"], (width - row["input_ids"].shape[1], 0)) for row in rows])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
-    batch |= {key: torch.cat([row[key] for row in rows]) for key in rows[0] if key != "input_ids"}
+    batch |= {key: torch.cat([row[key] for row in rows], _axis(key, rows[0])) for key in rows[0] if key != "input_ids"}
     named = signature(type(model).forward).parameters
     kinds = (ids == getattr(model.config, "image_token_id", IMAGE)).long()
     return batch | {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in named}
@@ -196,19 +224,18 @@ def hidden_of(model: Any, family: Any, ids: Tensor, trace: Any) -> dict[int, Ten
     return dict(sorted(hidden.items()))
 
 
-def difference(model: Any, family: Any, rows: list[dict[str, Tensor]], ours: Any, trace: Any) -> float:
+def difference(model: Any, family: Any, batch: dict[str, Tensor], ours: Any, trace: Any) -> float:
     """How far the logits are from those of the plain model that is kept from seeing, or fed without, what is gone."""
-    batch = together(model, rows)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     hidden = hidden_of(model, family, ids, trace)
     if not family.recurrent:
         with Masked(model, mask, hidden):
             reference = generate(model, batch, max_new_tokens=len(ours.logits))
         return float((torch.stack(ours.logits) - torch.stack(reference.logits)).abs().max())
-    worst = 0.0
-    for number, row in enumerate(rows):
-        of_row = {layer: places[number, mask[number]] for layer, places in hidden.items()}
-        alone = together(model, [row])
-        reference = torch.stack(fed(model, alone, of_row, ours.sequences[number, ids.shape[1] :]))
+    worst, entered = 0.0, entering(model, batch)  # together: images of a call may not be independent of each other
+    for number, row in enumerate(mask):
+        of_row = {layer: places[number, row] for layer, places in hidden.items()}
+        alone = (entered[0][number : number + 1, row], entered[1][:, number : number + 1, row])
+        reference = torch.stack(following(model, *alone, of_row, ours.sequences[number, ids.shape[1] :]))
         worst = max(worst, float((torch.stack(ours.logits)[:, number] - reference).abs().max()))
     return worst

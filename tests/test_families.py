@@ -14,6 +14,7 @@ import families
 import visiontrim as vt
 from families import BIDIRECTIONAL, CONFIGS, HYBRID, LEAN, OLD, Prompts, hidden_places
 from fed import fed
+from model_types import RUN_SHRUNK
 from releases import cache_of
 from tiny import Masked, close, generate
 from visiontrim.commands.listing import show_models
@@ -261,8 +262,10 @@ def test_the_table_of_the_docs_is_what_the_families_say(capsys):
 def test_every_cell_of_the_table_was_run():
     """Stages, batches and several images: the matrix above; video: WITH_VIDEO; turns: test_generate."""
     names = {model_of(name).config.model_type for name in CONFIGS}
-    assert names == set(list_families())
+    assert set(list_families()) - names <= set(RUN_SHRUNK)  # tests/test_every_type.py
     for name, cls in list_families().items():
+        if name in RUN_SHRUNK:
+            continue
         assert cls.video == (name in WITH_VIDEO)
         before = "before layers with full attention" if name in HYBRID else name not in BIDIRECTIONAL
         assert cls.supports()["language_stage"] == before

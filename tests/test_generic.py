@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     Florence2Config,
     Florence2ForConditionalGeneration,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 import families
+import model_types
 import visiontrim as vt
 from families import GENERIC, Prompts, hidden_places
 from tiny import Masked, close, generate
@@ -48,12 +50,20 @@ def test_removal_equals_masking(name, attention):
     assert len(run.trace.images[0].stages[-1].index) == 1
 
 
-def test_the_docs_name_what_was_run():
-    docs = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
-    (names,) = re.findall(r"^\| generic facts, run on a tiny model .* \| (.*) \|$", docs, re.MULTILINE)
-    assert names.split(", ") == sorted(GENERIC)
-    (names,) = re.findall(r"^\| facts of their own, see above \| (.*) \|$", docs, re.MULTILINE)
-    assert names.split(", ") == list(list_families())
+def test_the_docs_say_what_becomes_of_every_type():
+    assert model_types.table() in (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    reasons = [name for names in model_types.REASONS.values() for name in names]
+    known = [*families.CONFIGS, *GENERIC, *model_types.RUN_SHRUNK, *reasons]
+    assert len(known) == len(set(known))
+    if Version(transformers.__version__) >= Version("5.24"):
+        assert set(model_types.types()) <= set(known)
+
+
+@pytest.mark.parametrize("name", ["glm5_next", "unlimited_ocr", "idefics2", "mllama"])
+def test_what_cannot_run_says_why(name):
+    (reason,) = [reason for reason, names in model_types.REASONS.items() if name in names]
+    said = model_types.refusal(name)
+    assert said is None or model_types.SAID[reason] in said
 
 
 @every_type
@@ -81,10 +91,10 @@ def test_encoder_decoders_are_refused():
         vt.trim(model)
 
 
-def test_shared_keys_and_values_are_refused():
+def test_shared_keys_and_values_have_no_stage_between_layers():
     options = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0}
     text = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 200, "layer_types": ["full_attention"] * 4}
     with torch.device("meta"):
         model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text | options))
-    with pytest.raises(vt.TrimError, match=r"decoder layer 2 (and later ones use|caches in a DummyLayer)"):
-        vt.trim(model, "random")
+    with pytest.raises(vt.TrimError, match=r"decoder layer 2 and later ones use the keys and values of earlier layers"):
+        vt.trim(model, vt.Random(keep=0.5) | vt.Random(keep=0.5, layer=1))

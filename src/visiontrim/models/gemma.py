@@ -64,8 +64,8 @@ class PaliGemma(_Gemma):
 class Gemma3(_Gemma):
     """Patches are averaged before the projection, so tokens are selected after it."""
 
-    model_types = ("gemma3",)
-    checkpoints = "Gemma 3"
+    model_types = ("gemma3", "shieldgemma2")
+    checkpoints = "Gemma 3, ShieldGemma 2"
 
     @property
     def picture(self) -> Grid:
@@ -125,3 +125,21 @@ class Gemma4(Family):
             sums = flat.new_zeros(len(places) // self.factor**2, flat.shape[-1])
             images.append(sums.index_add(0, rows * (columns.max() + 1) + columns, patches) / self.factor**2)
         return torch.cat(images).view(-1, *values.shape[1:])
+
+
+@register_family
+class Gemma4Unified(Gemma4):
+    """Patches go into the language model as they are: there is no encoder whose attention could rank them."""
+
+    model_types = ("gemma4_unified",)
+    scores = "none"
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.factor = 1
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.embed_vision
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return ()

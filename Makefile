@@ -2,18 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What make table compares.
+TABLE := all
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
-.PHONY: help demo test table bench matrix serving clean
+.PHONY: help demo test table table-standard table-hard table-canvases bench matrix serving install-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   answer a question about a bundled picture with 64 of 576 vision tokens, offline"
 	@echo "make test   ruff, pyright and pytest"
-	@echo "make table  score every method on both bundled models, an hour without the stored answers, into docs/results"
+	@echo "make table  score every method on both bundled models into docs/results and the README; with -j2 about an hour on two"
+	@echo "            idle cores without the stored answers"
 	@echo "make bench  time the selection, and the bundled model with and without it"
+	@echo "make matrix test the families on four releases of transformers, and with optional packages"
+	@echo "make install-check  install the wheel as a user would, with the newest releases, and try it"
 	@echo "make serving test the plug-in for vLLM, in an environment of its own with vLLM for the CPU"
-	@echo "make matrix test the families on three releases of transformers, and with optional packages"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -36,10 +40,18 @@ test: $(VENV)/.tests
 	$(BIN)/pyright
 	$(BIN)/pytest -n auto
 
-table: $(VENV)/.runs
-	$(BIN)/visiontrim eval --methods all --keep 192,128,64,32 --scenes 44 --threads 1 --out docs/results/table
-	$(BIN)/visiontrim eval --split hard --methods all --keep 64 --scenes 24 --threads 1 --out docs/results/hard
-	$(BIN)/visiontrim eval --suite canvases --model bundled-qwen --methods all --keep 128,64,32 --scenes 24 --threads 1 \
+table: table-standard table-hard table-canvases
+	$(BIN)/visiontrim zoo validity --out docs/results/table
+	$(BIN)/python benchmarks/tables.py
+
+table-standard: $(VENV)/.runs
+	$(BIN)/visiontrim eval --methods $(TABLE) --keep 192,128,64,32 --scenes 44 --threads 1 --out docs/results/table
+
+table-hard: $(VENV)/.runs
+	$(BIN)/visiontrim eval --split hard --methods $(TABLE) --keep 64 --scenes 24 --threads 1 --out docs/results/hard
+
+table-canvases: $(VENV)/.runs
+	$(BIN)/visiontrim eval --suite canvases --model bundled-qwen --methods $(TABLE) --keep 128,64,32 --scenes 24 --threads 1 \
 		--out docs/results/canvases
 
 bench: $(VENV)/.runs
@@ -50,8 +62,11 @@ bench: $(VENV)/.runs
 matrix: | $(BIN)/python
 	$(BIN)/python tests/matrix.py
 
+install-check: $(VENV)/.runs
+	$(BIN)/python tests/install_check.py
+
 serving: | $(BIN)/python
 	$(BIN)/python packages/visiontrim-vllm/environment.py .serving
 
 clean:
-	rm -rf $(VENV) .matrix .serving .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .install .serving .pytest_cache .ruff_cache .hypothesis

@@ -76,7 +76,7 @@ def main() -> None:
     print(f"  local score, double loop      {loop:9.2f} ms")
     print(f"  local score, vectorised       {ours:9.2f} ms   {loop / ours:.0f} times faster")
     for keep in (32, 64, 192):
-        guided = VisionTrim(keep=keep, fusion="inverse_variance")
+        guided = VisionTrim(keep=keep, stages="vision")
         alone = dataclasses.replace(guided, guidance="none")
         for method, what in ((alone, "dominant only"), (guided, "with complement")):
             (step,) = method.steps()

@@ -38,6 +38,9 @@ def _text(config: type = hf.LlamaConfig, **options) -> dict:
     }
 
 
+words = _text
+
+
 def _vision(model_type: str, **options) -> dict:
     return {
         "model_type": model_type,
@@ -58,8 +61,13 @@ TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 QWEN_VISION = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4}
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention", "full_attention", "linear_attention"]
+CONV_LAYERS = ["conv", "full_attention", "conv", "full_attention", "conv"]
+HYBRID = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl")
 BIDIRECTIONAL = ("paligemma", "paligemma2", "gemma3")
-WITH_GRIDS = ("qwen", "glm")
+LEAN = HYBRID
+"""Families that tests run with one plan and one attention, because a relative of theirs has all."""
+WITH_GRIDS = ("qwen", "glm", "lfm3")
 OLD = Version(hf.__version__) < Version("5.19")
 QWEN_TOKENS = TOKENS | {"vision_start_token_id": START, "vision_end_token_id": END}
 
@@ -90,6 +98,28 @@ def _qwen3_vl_moe() -> Any:
     text = _text(hf.Qwen3VLMoeTextConfig, head_dim=16, rope_parameters=config["text_config"]["rope_parameters"])
     vision = config["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
     return hf.Qwen3VLMoeConfig(text_config=text | experts, vision_config=vision, **QWEN_TOKENS)
+
+
+def _qwen3_5(config: Any = hf.Qwen3_5Config, text: Any = hf.Qwen3_5TextConfig, **options) -> Any:
+    vision = {"depth": 4, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+    vision |= {"num_position_embeddings": 64, **QWEN_VISION}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    linear |= {"linear_num_value_heads": 4, "layer_types": HYBRID_LAYERS}
+    words = _text(text, head_dim=16, rope_parameters=rope | {"mrope_interleaved": True}, **linear, **options)
+    return config(text_config=words, vision_config=vision, **QWEN_TOKENS)
+
+
+def _lfm3_vl() -> Any:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision |= {"num_key_value_heads": 2, "layer_types": CONV_LAYERS[:4], "patch_size": 14}
+    layers = ["conv", "full_attention", "conv", "sliding_attention", "conv"]
+    words = _text(hf.Lfm3Config, head_dim=16, layer_types=layers, sliding_window=100)
+    return hf.Lfm3VlConfig(vision_config=vision, text_config=words, **QWEN_TOKENS)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS |= {"shared_expert_intermediate_size": 32}
 
 
 def _glm(config: Any, text: Any, **options) -> Any:
@@ -128,6 +158,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": lambda: _qwen3_5(hf.Qwen3_5MoeConfig, hf.Qwen3_5MoeTextConfig, **EXPERTS),
     "glm4v": lambda: _glm(hf.Glm4vConfig, hf.Glm4vTextConfig),
     "glm46v": lambda: _glm(hf.Glm46VConfig, hf.Glm4vTextConfig),
     "glm4v_moe": lambda: _glm(hf.Glm4vMoeConfig, hf.Glm4vMoeTextConfig, **GLM_EXPERTS),
@@ -164,6 +196,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         image_token_id=IMAGE,
         mm_tokens_per_image=4,
     ),
+    "lfm2_vl": lambda: hf.Lfm2VlConfig(
+        vision_config=_vision("siglip2_vision_model", num_patches=16, vision_use_head=False),
+        text_config=_text(hf.Lfm2Config, layer_types=CONV_LAYERS, block_auto_adjust_ff_dim=False, conv_bias=True),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+    ),
+    "lfm3_vl": _lfm3_vl,
     "mistral3": lambda: hf.Mistral3Config(
         vision_config=PIXTRAL,
         text_config=_text(hf.MistralConfig, sliding_window=None, head_dim=16),
@@ -195,12 +234,6 @@ GENERIC: dict[str, Callable[[], Any]] = {
         text_config=_text(),
         image_token_id=IMAGE,
     ),
-    "lfm2_vl": lambda: hf.Lfm2VlConfig(
-        vision_config=_vision("siglip2_vision_model", num_patches=16, vision_use_head=False),
-        text_config=_text(),
-        image_token_id=IMAGE,
-        downsample_factor=2,
-    ),
     "lighton_ocr": lambda: hf.LightOnOcrConfig(
         vision_config=PIXTRAL,
         text_config=_text(hf.Qwen3Config, head_dim=16),
@@ -228,11 +261,16 @@ GENERIC: dict[str, Callable[[], Any]] = {
 
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of the family, with weights large enough that attention is not flat."""
-    torch.manual_seed(0)
+    """A random model of the family."""
     if name == "paligemma2":  # Gemma 2 caps its scores, which sdpa cannot
         attention = {"": attention, "text_config": "eager"}  # type: ignore[assignment]
-    model = hf.AutoModelForImageTextToText.from_config((CONFIGS | GENERIC)[name](), attn_implementation=attention)
+    return prepared((CONFIGS | GENERIC)[name](), attention, dtype)
+
+
+def prepared(config: Any, attention: Any = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """A random model of ``config``, with weights large enough that attention is not flat."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     model = model.eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -265,7 +303,9 @@ def _visual(name: str, kind: str, number: int, generator: torch.Generator) -> Vi
         patches = grid[0] * grid[1] * grid[2]
         key = "pixel_values" if kind == "image" else "pixel_values_videos"
         pixels = {key: noise(patches, 14 * 14 * 3 * 2), f"{kind}_grid_thw": torch.tensor([grid])}
-        if name.startswith("qwen3_vl") and kind == "video":  # frames with their time stamps as text between them
+        if (
+            name.startswith(("qwen3_vl", "qwen3_5", "lfm3_vl")) and kind == "video"
+        ):  # frames with their time stamps as text between them
             frame = [START, *[token] * (patches // 4 // FRAMES), END]
             return Visual(pixels, torch.tensor([10, *frame, 11, *frame]))
         return Visual(pixels, torch.tensor([START, *[token] * (patches // 4), END]))
@@ -288,10 +328,17 @@ def _visual(name: str, kind: str, number: int, generator: torch.Generator) -> Vi
         return Visual({"pixel_values": noise(tiles, 3, 56, 56)}, torch.tensor([START, *[token] * (4 * tiles), END]))
     if name == "video_llava" and "pixel_values_images" in signature(hf.VideoLlavaModel.forward).parameters:
         return Visual({"pixel_values_images": noise(1, 3, 56, 56)}, torch.full((16,), token))
-    if name == "lfm2_vl":  # packs patches itself
-        pixels = {"pixel_values": noise(1, 16, 14 * 14 * 3), "spatial_shapes": torch.tensor([[4, 4]])}
-        pixels["pixel_attention_mask"] = torch.ones(1, 16, dtype=torch.long)
-        return Visual(pixels, torch.full((4,), token))
+    if name == "lfm2_vl":  # packs patches itself, in rows padded at the end
+        rows, columns = (4, 8) if even else (2, 6)
+        pixels = {
+            "pixel_values": torch.nn.functional.pad(
+                noise(1, rows * columns, 14 * 14 * 3), (0, 0, 0, 32 - rows * columns)
+            )
+        }
+        pixels["pixel_attention_mask"] = (torch.arange(32) < rows * columns)[None].long()
+        return Visual(
+            pixels | {"spatial_shapes": torch.tensor([[rows, columns]])}, torch.full((rows * columns // 4,), token)
+        )
     tokens = (
         4 if name in ("idefics3", "smolvlm", "gemma3", "aya_vision", "cohere2_vision", "ovis2", "qianfan_ocr") else 16
     )
@@ -327,7 +374,7 @@ class Prompts:
         visuals = [visual for _, row in rows for visual in row]
         for key in dict.fromkeys(key for visual in visuals for key in visual.pixels):
             inputs[key] = torch.cat([visual.pixels[key] for visual in visuals if key in visual.pixels])
-        if self.name.startswith(WITH_GRIDS):
+        if self.name.startswith(WITH_GRIDS) and self.name != "lfm3_vl":
             inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
         if self.name == "gemma3":
             inputs["token_type_ids"] = (ids == IMAGE).long()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,10 @@ def seen_by(step: Step, tokens: int = 576, entered: int = 576, num_layers: int =
         "decoder.keys": Sides(
             random(images, kv_heads, tokens, head_dim, seed=7), random(images, kv_heads, words, head_dim)
         ),
+        "decoder.values": Sides(
+            random(images, kv_heads, tokens, head_dim, seed=8), random(images, kv_heads, words, head_dim, seed=9)
+        ),
+        "decoder.mean_rotary": random(images, tokens, 2, seed=10),
         "decoder.rotary": Sides(random(images, tokens, 2 * head_dim) + 1, random(images, words, 2 * head_dim) + 1),
     }
     side = round(entered**0.5)
@@ -49,9 +55,10 @@ def seen_by(step: Step, tokens: int = 576, entered: int = 576, num_layers: int =
 
 def left_by(method: Method, entered: int = 576, num_layers: int = 32) -> list[int]:
     """Tokens of an image that each decoder layer processes."""
-    counts, before = [entered] * num_layers, entered
+    counts, before, noted = [entered] * num_layers, entered, None
     for step in method.steps_for(Layers(encoder=0, decoder=num_layers)):
-        before = step.select(seen_by(step, before, entered, num_layers)).index.shape[1]
+        kept = step.select(dataclasses.replace(seen_by(step, before, entered, num_layers), noted=noted))
+        before, noted = kept.index.shape[1], kept.noted
         counts[step.site.index :] = [before] * (num_layers - step.site.index)
     return counts
 

@@ -18,14 +18,15 @@ FAMILIES = [
     f"tests/test_{name}.py"
     for name in (
         *("engine", "families", "generic", "generate", "turns", "trim", "wrapped"),
-        *("encoder_families", "pixelprune", "decoding", "unmerging"),
+        *("encoder_families", "pixelprune", "decoding", "unmerging", "contract", "promises", "runs"),
     )
 ]
 TOOLS = ["pytest", "pytest-xdist", "beartype", "hypothesis"]
 OPTIONAL = ["accelerate", "bitsandbytes", "peft", "torchao"]
 ENVIRONMENTS = {
     "5.16.1": (["transformers==5.16.1"], FAMILIES),
-    "5.19": (["transformers==5.19.*"], FAMILIES),
+    "5.19": (["transformers==5.19.0"], FAMILIES),
+    "5.23": (["transformers==5.23.0"], FAMILIES),
     "newest": (["transformers>=5.16.1,<6"], FAMILIES),
     "optional": ([*OPTIONAL, "transformers>=5.16.1,<6"], ["tests/optional"]),
     "lmms-eval": ([], ["tests/lmms"]),

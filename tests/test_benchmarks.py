@@ -185,6 +185,8 @@ def test_scienceqa_has_two_columns(read, tmp_path):
     benchmark.write(items, texts, tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["correct"], result["count"], result["results"]["1"], result["results"]["2"]) == (3, 6, 1, -1)
+    again = join(benchmark, items, read_given(tmp_path / "result.json"), tmp_path / "result.json")
+    assert again.texts == tuple(texts), "the result file reads as answers, too"
     (tmp_path / "scienceqa" / "llava_test_CQM-A.json").unlink()
     assert [i.question for i in benchmark.read(files)] == [i.question for i in items]
     (tmp_path / "scienceqa" / "problems.json").unlink()
@@ -320,11 +322,14 @@ def test_vqav2_and_vizwiz_uploads(read, tmp_path):
     assert rows[:2] == [{"question_id": 1, "answer": ""}, {"question_id": items[0].id, "answer": "08 13"}]
     benchmark, _, items = read("vizwiz")
     assert items[0].question == f"{items[0].bare}\n{UNANSWERABLE}\n{SHORT}"
-    benchmark.write(items, ["Macy's"] * len(items), tmp_path / "up.json")
+    texts = ["Macy's", *map(str, range(1, len(items)))]
+    benchmark.write(items, texts, tmp_path / "up.json")
     assert json.loads((tmp_path / "up.json").read_text())[0] == {
         "image": "VizWiz_test_00000000.jpg",
         "answer": "macy 's",
     }
+    joined = join(benchmark, items, read_given(tmp_path / "up.json"), tmp_path / "up.json")
+    assert joined.texts == tuple(benchmark.parse(item, text) for item, text in zip(items, texts, strict=True))
 
 
 def test_the_val_splits_of_vqav2_and_vizwiz(read):

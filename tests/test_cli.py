@@ -19,6 +19,7 @@ from visiontrim import zoo
 from visiontrim.ask import FALLBACK_PROMPT, encode, load
 from visiontrim.cli import main
 from visiontrim.core.errors import TrimError
+from visiontrim.core.registry import list_methods
 from visiontrim.zoo import held_out
 
 SAMPLES = list(held_out(2))
@@ -79,7 +80,7 @@ def test_json_is_one_object(cli, scene):
     assert (code, err) == (0, "")
     told = json.loads(out)
     assert out.count("\n") == 1
-    assert told["tokens"] == {"input": 576, "kept": 144, "per_layer": [144] * 8, "mean": 144.0}
+    assert told["tokens"] == {"images": 1, "input": 576, "kept": 144, "per_layer": [144] * 8, "mean": 144.0}
     assert told["method"] == {"method": "random", "keep": 0.25, "layer": None, "seed": 3}
     assert told["model"] == "bundled"
     assert told["trace"] == {"vision": {"dominant": 144, "complement": 0}}
@@ -90,10 +91,20 @@ def test_json_is_one_object(cli, scene):
     assert not {"map", "plain"} & set(told)
 
 
-@pytest.mark.parametrize(("keep", "kept"), [("1", 1), ("64", 64), ("576", 576), ("1.0", 576), ("0.5", 288)])
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [("1", 1), ("64", 64), ("576", 576), ("1.0", 576), ("0.5", 288), ("600", 576), ("1" + "0" * 30, 0)],
+)
 def test_keep_is_a_number_or_a_fraction(cli, scene, keep, kept):
-    told = json.loads(cli("ask", scene, QUESTION, "--keep", keep, "--method", "uniform", "--json")[1])
+    code, out, err = cli("ask", scene, QUESTION, "--keep", keep, "--method", "uniform", "--json")
+    if not kept:
+        assert (code, out) == (2, "")
+        assert "64 bits" in err
+        return
+    told = json.loads(out)
     assert told["tokens"]["kept"] == kept
+    whole = f"the image has no more than keep={keep} tokens and passes whole"
+    assert told["notes"] == ([whole] if keep in ("576", "600") else [])
 
 
 def test_compare(cli, scene, tmp_path):
@@ -165,6 +176,19 @@ def test_map(cli, scene, tmp_path):
         assert picture.width == 768
 
 
+def test_a_map_names_method_budget_and_question(cli, scene, tmp_path, monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr("visiontrim.picture.captioned", lambda image, text: written.append(text) or image)
+    assert cli("map", scene, QUESTION, "-o", tmp_path / "a.png", "--keep", "32")[0] == 0
+    assert cli("ask", scene, QUESTION, "--map", tmp_path / "b.png", "--method", "random:seed=3")[0] == 0
+    assert cli("map", scene, QUESTION, "-o", tmp_path / "c.png", "--methods", "random,uniform")[0] == 0
+    assert written == [
+        f"visiontrim:keep=32, asked {QUESTION!r}",
+        f"random:keep=64,seed=3, asked {QUESTION!r}",
+        f"asked {QUESTION!r}",
+    ]
+
+
 def test_methods(cli):
     code, out, err = cli("methods")
     assert (code, err) == (0, "")
@@ -172,10 +196,48 @@ def test_methods(cli):
     assert {"none", "random", "uniform", "visiontrim"} <= set(told)
     for name, method in told.items():
         assert name in out
-        assert set(method) == {"name", "stages", "text_aware", "merges", "paper", "summary", "options"}
-    assert told["visiontrim"]["stages"] == ["vision"]
+        assert set(method) == {
+            "name",
+            "kinds",
+            "place",
+            "stages",
+            "text_aware",
+            "merges",
+            "paper",
+            "summary",
+            "options",
+        }
+    assert told["visiontrim"]["stages"] == ["vision", "layer 2"]
     assert told["visiontrim"]["text_aware"]
     assert told["random"]["options"] == {"keep": 64, "layer": None, "seed": 0}
+
+
+def test_methods_of_a_kind(cli):
+    def names(*arguments: str) -> set[str]:
+        return {method["name"] for method in json.loads(cli("methods", *arguments, "--json")[1])}
+
+    assert names("--kind", "video") == {name for name, method in list_methods().items() if method.for_videos}
+    assert {"evs", "holitom-inner"} <= names("--kind", "video")
+    assert {"visiontrim", "fastv", "dycoke", "random"} <= names("--kind", "decoder")
+    assert not {"visionzip", "tome", "none"} & names("--kind", "decoder")
+    assert {"tome", "visionzip", "luvc", "evs"} <= names("--kind", "encoder")
+    assert not {"fastv", "none"} & names("--kind", "encoder")
+    aware = {name for name, method in list_methods().items() if method.text_aware}
+    assert names("--text-aware") == aware
+    assert names("--kind", "decoder", "--text-aware") == names("--kind", "decoder") & aware
+    code, out, err = cli("methods", "--kind", "image")
+    assert (code, out) == (2, "")
+    assert "'video'" in err
+
+
+def test_places_of_methods(cli):
+    places = {method["name"]: method["place"] for method in json.loads(cli("methods", "--json")[1])}
+    assert places["visiontrim"] == "vision encoder's output; before decoder layer 2"
+    assert places["random"] == "vision encoder's output or a decoder layer"
+    assert places["vscan"] == "vision encoder's output; before decoder layer 16 of 32"
+    assert places["tome"] == "before every encoder layer from 1 of 23 on"
+    assert places["dycoke"] == "vision encoder's output; with an option also in decoding; videos"
+    assert (places["fastv"], places["none"]) == ("before decoder layer 2", "nowhere")
 
 
 def test_version_and_help(cli):
@@ -198,7 +260,6 @@ def test_version_and_help(cli):
         (["{scene}", QUESTION, "--method", "random:sed=1"], "did you mean 'seed'"),
         (["{scene}", QUESTION, "--method", "no.yaml"], "the recipe no.yaml cannot be read"),
         (["{scene}", QUESTION, "--keep", "0"], "keep=0"),
-        (["{scene}", QUESTION, "--keep", "600"], "576"),
         (["{scene}", QUESTION, "--keep", "1.5"], "keep=1.5"),
         (["{scene}", QUESTION, "--keep", "nan"], "keep=nan"),
         (["{scene}", QUESTION, "--map", "kept.xyz"], "does not end like a picture"),
@@ -277,6 +338,18 @@ def test_prompts(monkeypatch):
         encode(speaker, [SAMPLES[0].image], "what is <image> ?")
 
 
+def test_the_report_of_several_pictures_counts_all_of_them(cli, scene):
+    code, out, _ = cli("ask", scene, scene, scene, "what color is the star?", "--keep", "64")
+    assert code == 0
+    assert "1728 -> 192 vision tokens of 3 images (576 -> 64 vision tokens each), mean 64.0 per layer and image" in out
+    assert "the prompt takes 1,737 positions, the model was made for 1,024" in out, "survivors keep their own"
+    code, out, _ = cli("ask", scene, scene, "what color is the star?", "--compare", "--method", "random:layer=2")
+    assert "the prompt takes 1,161 positions, the model was made for 1,024" in out
+    assert "vision tokens in, of each of 2 images" in out
+    compact = cli("ask", scene, scene, "what color is the star?", "--keep", "8", "--method", "visionzip")
+    assert "positions" not in compact[1], "they fit when cut and moved together"
+
+
 @pytest.mark.parametrize("name", [None, str(zoo.MODEL_DIR)])
 def test_dtype(name):
     speaker = load(name, text_tower=str(zoo.CLIP_DIR), device="cpu", dtype="bfloat16")
@@ -297,7 +370,7 @@ def test_the_examples_keep_48_and_16_of_576(cli):
     text_config = json.loads((zoo.MODEL_DIR / "config.json").read_text())["text_config"]
     layers, heads = text_config["num_hidden_layers"], text_config["num_key_value_heads"]
     per_layer = [64] * layers
-    assert told["tokens"] == {"input": 576, "kept": 64, "per_layer": per_layer, "mean": 64.0}
+    assert told["tokens"] == {"images": len(pictures), "input": 576, "kept": 64, "per_layer": per_layer, "mean": 64.0}
     assert told["trace"] == {"vision": {"dominant": 48, "complement": 16}}
     text = len(["<s>", "USER:", "what", "color", "is", "the", "star", "?", "ASSISTANT:"])
     head_dim, size = text_config["head_dim"], 4

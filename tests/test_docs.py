@@ -15,6 +15,7 @@ import families
 import visiontrim as vt
 from tiny import Masked, close, generate
 from visiontrim import zoo
+from visiontrim.commands.listing import show_methods
 from visiontrim.core import registry
 from visiontrim.models import family
 
@@ -30,12 +31,14 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def test_the_six_lines_of_the_readme(tmp_path, monkeypatch, capsys):
-    image = Image.open(ROOT / "examples" / "shapes.png")
     (code,) = blocks(README, "python")
     monkeypatch.chdir(tmp_path)
-    names = {"vt": vt, "zoo": zoo, "image": image}
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    names: dict = {}
     exec(code, names)
-    assert len(code.splitlines()) == 6
+    imports, _, lines = code.rpartition("\n\n")
+    assert imports.splitlines()[-1] == 'image = Image.open("examples/shapes.png")'
+    assert len(lines.splitlines()) == 6
     line = capsys.readouterr().out.strip()
     assert line in README
     answer = names["processor"].decode(
@@ -50,8 +53,11 @@ def test_the_recipe_of_the_readme():
     assert vt.load_method(yaml.safe_load(recipe)) == vt.VisionTrim(keep=128) | vt.Random(keep=0.5, layer=2)
 
 
-def test_the_methods_of_the_readme_are_all_methods():
-    table = README[README.index("## Methods") : README.index("## What is exact")]
+def test_the_table_of_methods_in_the_readme_is_the_printed_one(capsys):
+    """`visiontrim methods --markdown` prints it."""
+    show_methods(markdown=True)
+    table = capsys.readouterr().out
+    assert table in README
     assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.MULTILINE)) == set(vt.list_methods())
 
 

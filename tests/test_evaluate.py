@@ -240,12 +240,27 @@ def test_every_method_of_the_table_meets_its_mean_or_says_why(speaker, suite, tm
 
 
 def test_eval_on_the_command_line(cli, tmp_path):
-    command = ("eval", "--methods", "visiontrim", "--keep", "32", "--scenes", 1, "--out", tmp_path, "--json")
+    command = (
+        "eval",
+        "--methods",
+        "visiontrim",
+        "--keep",
+        32,
+        "--scenes",
+        1,
+        "--seeds",
+        2,
+        "--out",
+        tmp_path,
+        "--json",
+    )
     code, out, err = cli(*command)
     assert code == 0, err
     found = json.loads(out)
     assert found["plain"]["retention"] == 1.0
-    assert [score["method"] for score in found["scores"]] == ["random", "uniform", "visiontrim"]
+    assert [score["method"] for score in found["scores"]] == ["random", "uniform", "downsampled", "visiontrim"]
+    assert [score["method"] for score in found["draws"]] == ["random", "random:seed=1000"]
+    assert found == json.loads((tmp_path / "scores.json").read_text())
     table = (tmp_path / "table.md").read_text()
     assert "†" not in table, "one scene marks nothing"
     assert "Fewer than 8 groups" in table

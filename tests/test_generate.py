@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import families
 import visiontrim as vt
-from families import BIDIRECTIONAL, CONFIGS, Prompts, hidden_places
+from families import BIDIRECTIONAL, CONFIGS, HYBRID, Prompts, hidden_places
 from releases import CACHE
 from tiny import Masked, close, generate
 
@@ -82,8 +82,9 @@ def converse(model, turns: list[dict[str, Tensor]], contexts: list[AbstractConte
     return outputs
 
 
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"paligemma", "paligemma2"}))  # these know one turn
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"paligemma", "paligemma2", *HYBRID}))
 def test_a_second_question(name):
+    """PaliGemma knows one turn; for hybrids, see test_hybrids."""
     model, question = model_of(name), Prompts(name, (5,), (4,), seed=5).batch()
     question["attention_mask"].fill_(1)
     run = vt.trim(model, plan_for(name))

@@ -23,8 +23,7 @@ from visiontrim.models.family import Generic, family_of, list_families
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-PLANS = {"full": vt.Random(keep=0.5) | vt.Random(keep=1, layer=3), "windows": vt.Random(keep=0.5)}
-WITH_WINDOWS = ("aya_vision", "cohere2_vision")
+PLAN = vt.Random(keep=0.5) | vt.Random(keep=1, layer=3)
 every_type = pytest.mark.parametrize("name", GENERIC)
 model_of = functools.cache(families.build)
 
@@ -39,14 +38,14 @@ def test_removal_equals_masking(name, attention):
     model, inputs = model_of(name, attention), batch(name)
     assert name not in list_families()
     assert isinstance(family_of(model), Generic)
-    with vt.trim(model, PLANS["windows" if name in WITH_WINDOWS else "full"]) as run:
+    with vt.trim(model, PLAN) as run:
         ours = generate(model, inputs)
     with Masked(model, inputs["attention_mask"], hidden_places(name, inputs, run.trace)):
         reference = generate(model, inputs)
     for a, b in zip(ours.logits, reference.logits, strict=True):
         close(a, b, 2e-5)
     assert [image.grid[:2] for image in run.trace.images] == [(1, 1)] * 3
-    assert len(run.trace.images[0].stages[-1].index) == (2 if name in WITH_WINDOWS else 1)
+    assert len(run.trace.images[0].stages[-1].index) == 1
 
 
 def test_the_docs_name_what_was_run():
@@ -70,12 +69,6 @@ def test_methods_are_told_that_there_is_no_attention():
     model, inputs = model_of("janus"), batch("janus")
     with pytest.raises(vt.TrimError, match="attention"), vt.trim(model, "visiontrim", keep=2):
         generate(model, inputs)
-
-
-@pytest.mark.parametrize("name", WITH_WINDOWS)
-def test_sliding_windows_have_no_stage_between_layers(name):
-    with pytest.raises(vt.TrimError, match=r"layer 0 caches in a DynamicSlidingWindowLayer.*vision stage alone"):
-        vt.trim(model_of(name), PLANS["full"])
 
 
 def test_encoder_decoders_are_refused():

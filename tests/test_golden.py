@@ -132,7 +132,7 @@ def test_local_affinity_of_the_release(rows):
 @pytest.mark.parametrize(
     ("row", "rule"),
     [
-        ("fused_adaptive", "inverse_variance"),
+        ("fused_adaptive", "adaptive"),
         ("fused_geometric", "geometric"),
         ("fused_max", "max"),
         ("fused_weighted_sum", "mean"),
@@ -146,7 +146,7 @@ def test_fusion_of_the_release(rows, row, rule):
 
 
 def test_dominant_tokens_by_the_fused_score_of_the_release(rows):
-    fused = fuse(rows["cls_attention"], release_affinity(rows["features"]).softmax(-1), "inverse_variance")
+    fused = fuse(rows["cls_attention"], release_affinity(rows["features"]).softmax(-1), "adaptive")
     assert torch.equal(top_k(fused, rows["dominant_index"].shape[1]), rows["dominant_index"])
 
 

@@ -16,9 +16,14 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 KINDS = [("llava", "image"), ("llava_next", "image"), ("qwen2_5_vl", "image"), ("qwen2_5_vl", "video")]
 """One that has [CLS], one with tiles and newlines, one with positions of three numbers; and videos."""
-BUDGET = {"ficoco-l": 0.7, "holitom-inner": 0.9, "parvts": 0.7}
+BUDGET = {"ficoco-l": 0.7, "holitom-inner": 0.9, "ivc-prune": 0.7, "parvts": 0.7}
 """Fractions for methods whose one stage stands late in a decoder of five layers; 0.5 for all others."""
-OPTIONS = {"ficoco-v": {"start": 1}, "hiprune": {"middle": 1}, "vscan": {"shallow": 1, "layer": 2}}
+OPTIONS = {
+    "aot": {"shallow": 1},
+    "ficoco-v": {"start": 1},
+    "hiprune": {"middle": 1},
+    "vscan": {"shallow": 1, "layer": 2},
+}
 """Layers that a small encoder has."""
 
 BY_MASS, WITHOUT_GRID = ("crossget", "dymu", "tome", "turbo"), ("ficoco-v",)

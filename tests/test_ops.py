@@ -19,7 +19,7 @@ from visiontrim.ops.select import even_stride, gather, leftovers, top_k, uniform
 few = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)
 sides = st.integers(1, 6)
-RULES = ["inverse_variance", "variance", "standardised", "max", "mean", "geometric", "harmonic"]
+RULES = ["adaptive", "max", "mean", "geometric", "harmonic"]
 
 
 def places(t, h, w, batch=1):
@@ -189,25 +189,23 @@ def test_window_without_a_ring_is_refused(window):
 
 
 @few
-@given(seeds, st.sampled_from(RULES))
-def test_fusion_in_float64(seed, rule):
+@given(seeds, st.sampled_from(RULES), st.sampled_from(["softmax", "z-scores"]), st.sampled_from(["lower", "higher"]))
+def test_fusion_in_float64(seed, rule, normalise, weight):
     generator = torch.Generator().manual_seed(seed)
     first, second = torch.rand(2, 30, generator=generator), torch.randn(2, 30, generator=generator) * 3
     a, b = first.double(), second.double()
-    if rule == "standardised":
+    if normalise == "z-scores":
         a, b = ((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0) for x in (a, b))
     a, b = a.softmax(1), b.softmax(1)
     va, vb = a.var(1, keepdim=True), b.var(1, keepdim=True)
     expected = {
-        "inverse_variance": (vb * a + va * b) / (va + vb),
-        "standardised": (vb * a + va * b) / (va + vb),
-        "variance": (va * a + vb * b) / (va + vb),
+        "adaptive": ((vb * a + va * b) if weight == "lower" else (va * a + vb * b)) / (va + vb),
         "max": torch.maximum(a, b),
         "mean": (a + b) / 2,
         "geometric": (a * b).sqrt(),
         "harmonic": 2 / (1 / a + 1 / b),
     }[rule]
-    torch.testing.assert_close(fuse(first, second, rule), expected.float(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(fuse(first, second, rule, normalise, weight), expected.float(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -218,7 +216,7 @@ def test_fusion_of_constant_scores_is_finite(rule):
 
 
 def test_unknown_fusion_is_refused():
-    with pytest.raises(ValueError, match="'sum' is unknown: choose from inverse_variance"):
+    with pytest.raises(ValueError, match="'sum' is unknown: choose from adaptive"):
         fuse.__wrapped__(torch.rand(1, 3), torch.rand(1, 3), "sum")  # past the type checker of the tests
 
 

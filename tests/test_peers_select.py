@@ -167,11 +167,11 @@ def test_duplicates_are_taken_once():
 # PruneSID
 
 
-def slow_prunesid(x, group, score, count):
+def slow_prunesid(x, group, score, count, factor):
     """Ranked groups and their quotas, as loops over lists."""
     cosine, n = cosines(x), len(x)
     pairs = [cosine[i][j] for i in range(n) for j in range(i + 1, n)]
-    threshold = count / 32 * sum(pairs) / len(pairs)
+    threshold = factor * sum(pairs) / len(pairs)
     ranks, survivors, groups = [], [], max(1, count // 4)
     for g in range(groups):
         order = [i for i in ranked(score) if group[i] == g]
@@ -201,10 +201,12 @@ def slow_prunesid(x, group, score, count):
 def test_prunesid_picks_from_groups(count, seed):
     view = make_view(seed)
     group = torch.randint(max(1, count // 4), (2, 42), generator=torch.Generator().manual_seed(seed))
-    kept = pick_from_groups(view.features, group, view.encoder.cls_attention, count, by_group=True)
-    raster = pick_from_groups(view.features, group, view.encoder.cls_attention, count, by_group=False)
+    kept = pick_from_groups(view.features, group, view.encoder.cls_attention, count, factor=count / 32, by_group=True)
+    raster = pick_from_groups(
+        view.features, group, view.encoder.cls_attention, count, factor=count / 32, by_group=False
+    )
     for b in range(2):
-        groups = slow_prunesid(view.features[b], group[b].tolist(), view.encoder.cls_attention[b], count)
+        groups = slow_prunesid(view.features[b], group[b].tolist(), view.encoder.cls_attention[b], count, count / 32)
         assert kept.index[b].tolist() == [i for rank in groups for i in rank]
         assert raster.index[b].tolist() == sorted(kept.index[b].tolist())
         assert all(len(rank) >= 1 for g, rank in enumerate(groups) if g in group[b])
@@ -219,7 +221,8 @@ def test_prunesid_groups_by_principal_components(variant):
         centred = squashed - squashed.mean(1 if variant == "release" else 0, keepdim=True)
         loading = torch.linalg.svd(centred.mT)[2][:3].abs()  # rows: directions over the 42 patches
         score = view.encoder.cls_attention[b] if variant == "release" else loading.amax(0)
-        groups = slow_prunesid(view.features[b], loading.argmax(0).tolist(), score, 12)
+        factor = 12 / 32 if variant == "release" else 18 * 12 / 42
+        groups = slow_prunesid(view.features[b], loading.argmax(0).tolist(), score, 12, factor)
         index = [i for rank in groups for i in rank]
         assert kept.index[b].tolist() == (index if variant == "release" else sorted(index))
 
@@ -227,7 +230,9 @@ def test_prunesid_groups_by_principal_components(variant):
 def test_prunesid_of_one_group_without_suppression_is_fastervlm():
     view = make_view()
     alike = dataclasses.replace(view, features=view.features + 1000)  # a mean cosine of 1, so a threshold above 1
-    kept = pick_from_groups(alike.features, torch.zeros(2, 42).long(), view.encoder.cls_attention, 36, by_group=False)
+    kept = pick_from_groups(
+        alike.features, torch.zeros(2, 42).long(), view.encoder.cls_attention, 36, factor=36 / 32, by_group=False
+    )
     assert torch.equal(kept.index, answer(FasterVLM(keep=36), view).index)
 
 

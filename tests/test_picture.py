@@ -10,7 +10,7 @@ from PIL import Image
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import VisionOutput
 from visiontrim.core.trace import ImageTrace, StageTrace
-from visiontrim.picture import BACKGROUND, GAP, side_by_side, token_map
+from visiontrim.picture import BACKGROUND, GAP, captioned, side_by_side, token_map
 
 GREY = (128, 128, 128)
 SCALE = 20
@@ -190,3 +190,13 @@ def test_side_by_side(noise):
         side_by_side([noise, small], ["plain"])
     with pytest.raises(TrimError, match="0 pictures"):
         side_by_side([], [])
+
+
+def test_a_long_caption_takes_several_lines():
+    picture = Image.new("RGB", (300, 20), GREY)
+    short = captioned(picture, "one line")
+    long = captioned(picture, " ".join(["several"] * 30))
+    assert (short.width, long.width) == (300, 300)
+    lines = (long.height - 20) / (short.height - 20)
+    assert lines > 3
+    assert captioned(picture, "word" * 60).width > 300, "a word is not cut"

@@ -18,10 +18,13 @@ import visiontrim as vt
 from families import IMAGE, Prompts, build
 from peers import answer, make_view
 from tiny import generate
+from views import changed
 from visiontrim.engine.members import Members, chunks, nearest_members
 from visiontrim.engine.survivors import Survivors
+from visiontrim.methods import PPE
 from visiontrim.models.qwen_vl import QwenVL
 from visiontrim.ops.groups import first_members
+from visiontrim.ops.recycle import density_peaks
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -274,3 +277,16 @@ def test_what_cannot_work_is_refused(monkeypatch):
     language = SimpleNamespace(language_model=SimpleNamespace(rotary_emb=rotary), mrope=True)
     with pytest.raises(vt.TrimError, match="leaves the 3 axes of a position to the decoder layers"):
         Members(cast(Any, language), cast(Any, None))
+
+
+def test_few_centres_are_measured_by_fewer_neighbours():
+    """Of n < 5 centres of a frame min(3, max(n // 2, 1)) neighbours, itself counted, make the density."""
+    differ = 0
+    for seed in range(6):
+        tokens = torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(seed))
+        view = changed(make_view(grid=(1, 5, 6), batch=1, width=8), {"encoder.projected": tokens})
+        for count, neighbours in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 5), (6, 5)):
+            kept = answer(PPE(keep=count), view)
+            assert torch.equal(kept.index, density_peaks(tokens, count, neighbours).centres)
+            differ += not torch.equal(kept.index, density_peaks(tokens, count, 5).centres)
+    assert differ

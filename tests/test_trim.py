@@ -20,12 +20,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
-    Dinov2Config,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
     PreTrainedTokenizerFast,
-    SiglipVisionConfig,
     StaticCache,
 )
 
@@ -35,6 +30,7 @@ from releases import CACHE
 from tiny import llava, prompts, sample
 from visiontrim.measure import Clock
 from visiontrim.models.text import MAX_WINDOWS
+from visiontrim.report import scaled
 
 WORDS = ["<pad>", "<s>", "</s>", "what", "is", "the", "color", "shape", "of", "star", "circle", "red"]
 CONTEXT = 8
@@ -98,8 +94,14 @@ def test_impossible_keep(model, keep):
 
 @pytest.mark.parametrize("method", ["visiontrim", "random", "uniform"])
 def test_more_than_the_image_has(model, inputs, method):
-    with pytest.raises(vt.TrimError, match=r"keep=17 but the image has 16 vision tokens: give at most 16"):
-        answer(model, inputs, method, keep=17)
+    """A number is one at most: the picture passes whole, and the report says so."""
+    ours, run = answer(model, inputs, method, keep=17)
+    assert torch.equal(ours, answer(model, inputs, "none")[0])
+    assert run.report.kept_tokens == 16
+    (note,) = run.report.notes
+    assert "no more than keep=17 tokens and pass" in note
+    assert note in str(run.report)
+    assert answer(model, inputs, method, keep=15)[1].report.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -135,27 +137,9 @@ def test_unsupported_families():
     bert = BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(
         vt.TrimError,
-        match=r"BertModel \(model_type 'bert'\) is not supported.*known are gemma3, .*idefics3, internvl, llava",
+        match=r"BertModel \(model_type 'bert'\) is not supported.*known are gemma3, .*idefics3, internvl, .*llava",
     ):
         vt.trim(bert)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    clip = CLIPVisionConfig(**small, image_size=28, patch_size=14)
-    mistral = MistralConfig(**small, num_key_value_heads=2, vocab_size=20, sliding_window=8)
-    siglip = SiglipVisionConfig(**small, image_size=28, patch_size=14, vision_use_head=False)
-    dino = Dinov2Config(**{key: small[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")})
-    for options, message in [
-        (
-            {"vision_config": dino},
-            "Llava with a dinov2 encoder is not supported: use clip_vision_model, siglip_vision_model, pixtral",
-        ),
-        ({"vision_config": clip, "vision_feature_select_strategy": "full"}, "which would have no grid: use 'default'"),
-        ({"vision_config": siglip}, "which would have no grid: use 'full'"),
-        ({"vision_config": clip, "vision_feature_layer": [-2, -1]}, "use a single layer"),
-        ({"vision_config": clip, "text_config": mistral}, "only full-attention decoders are supported"),
-    ]:
-        config = LlavaConfig(**{"text_config": MistralConfig(**small, sliding_window=None), **options})
-        with pytest.raises(vt.TrimError, match=message):
-            vt.trim(LlavaForConditionalGeneration(config), vt.Random(keep=2, layer=1))
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["forward", "generate"])
@@ -252,7 +236,7 @@ def test_text_towers_that_do_not_fit(model):
     "guide", [{"text_tower": tower()}, {"processor": tokenizer(special=False)}], ids=["tower", "lm"]
 )
 def test_the_question_decides_what_complements(model, inputs, guide):
-    method = vt.VisionTrim(keep=8, split=0.5)
+    method = vt.VisionTrim(keep=8, split=0.5, stages="vision", iterations=0)
     _, silent = answer(model, inputs, method, **guide)
     assert not silent.trace.images[0].stages[0].complement.any()
     chosen = {}
@@ -289,7 +273,7 @@ def test_every_row_has_its_own_question(model, stages, iterations):
 
 
 def test_question_can_change_within_a_run(model, inputs):
-    method = vt.VisionTrim(keep=8, split=0.5)
+    method = vt.VisionTrim(keep=8, split=0.5, stages="vision")
     with torch.no_grad(), vt.trim(model, method, text_tower=tower()) as run:
         seen = []
         for question in ("what is red", "shape of the circle", None):
@@ -322,7 +306,7 @@ def test_text_tower_from_a_directory(model, inputs, tmp_path):
     made = tower()
     made.model.save_pretrained(tmp_path)
     made.tokenizer.save_pretrained(tmp_path)
-    method = vt.VisionTrim(keep=8, split=0.5)
+    method = vt.VisionTrim(keep=8, split=0.5, stages="vision")
     direct, _ = answer(model, inputs, method, question="what is red", text_tower=made)
     loaded, _ = answer(model, inputs, method, question="what is red", text_tower=str(tmp_path))
     torch.testing.assert_close(direct, loaded)
@@ -334,7 +318,7 @@ def test_text_tower_from_a_directory(model, inputs, tmp_path):
 def test_report_speaks_in_a_line_a_table_and_json(model, inputs):
     _, run = answer(model, inputs, vt.VisionTrim(keep=(9, 4), stages="both", layer=2), processor=tokenizer(False))
     line = str(run.report)
-    assert "16 -> 9 vision tokens, mean 6.0 per layer | KV 32 kB -> " in line
+    assert "16 -> 9 vision tokens, mean 6.0 per layer | KV 32 -> " in line
     assert "\n" not in line
     assert json.loads(json.dumps(run.report.to_dict()))["per_layer"] == [9, 9, 4, 4, 4]
     console = Console(width=100, record=True, file=io.StringIO())
@@ -398,3 +382,11 @@ def test_flash_layers_never_see_gapped_positions(inputs):
     ours, _ = answer(model, inputs, "random", keep=4)
     assert torch.equal(ours, plain)
     assert [positions for length, positions in seen if length == 13] == [None] * tiny.LAYERS
+
+
+def test_one_number_has_one_unit():
+    assert scaled(999, "B") == "999 B"
+    assert scaled(885_000, "B") == "885 kB"
+    assert scaled(885_000, "B", 7_180_000) == "0.885 MB"
+    assert scaled(7_180_000, "B", 7_180_000) == "7.18 MB"
+    assert scaled(5e16, "FLOP") == "5e+04 TFLOP"

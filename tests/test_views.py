@@ -154,6 +154,7 @@ SITES = {vt.EncoderLayer(1): [], vt.VisionOutput(): [("encoder.keys", 0)], vt.De
 BETWEEN = {"cls_attention", "received_attention", "column_attention", "keys", "queries", "cls_query"}
 BETWEEN |= {"pixels", "colours", "mass", "lattice", "unit"}
 AT_OUTPUT = {"cls_attention", "cls_attention_wide", "received_attention", "column_attention", "keys", "projected"}
+AT_OUTPUT |= {"sensitivity"}
 
 
 def asked(site: Site) -> frozenset[Signal]:
@@ -185,6 +186,7 @@ def views(name: str) -> list[vt.View]:
 
 
 ABSENT = {"llava": set(), "qwen2_5_vl": {"encoder.cls_attention", "encoder.cls_attention_wide", "encoder.cls_query"}}
+ABSENT["qwen2_5_vl"] |= {"encoder.sensitivity"}  # its merger joins patches first
 
 
 @pytest.mark.parametrize("name", ABSENT)

@@ -1,9 +1,8 @@
-"""Tiny random models, their inputs, and a reference that masks tokens instead of removing them."""
+"""Tiny random models, their inputs, and the places of tokens for a reference that masks instead of removing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -17,10 +16,9 @@ from transformers import (
 )
 
 import visiontrim as vt
-from releases import CACHE
 from visiontrim.core.method import VisionOutput
 from visiontrim.core.trace import Trace
-from visiontrim.models import family_of
+from visiontrim.promises import Masked as Masked  # what tests of removal compare with
 
 PAD, BOS, IMAGE, VOCABULARY = 0, 1, 4, 200
 SIDE = 4
@@ -124,56 +122,6 @@ def sample(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
     if images[row]:
         single["pixel_values"] = inputs["pixel_values"][first : first + int(images[row])]
     return single
-
-
-class Masked(AbstractContextManager):
-    """The plain model, with tokens made invisible from given decoder layers on instead of removed.
-
-    Models that let image tokens attend in both directions keep their own masks otherwise.
-
-    Args:
-        model: a plain model.
-        mask: padding mask [batch, prompt] of the first forward's prompt.
-        hidden: for decoder layers in ascending order the places [batch, prompt] that are invisible from there on.
-    """
-
-    def __init__(self, model, mask: Tensor, hidden: Mapping[int, Tensor]) -> None:
-        self.model, self.mask, self.hidden = model, mask.bool(), hidden
-        self.family, self.handles = family_of(model), []
-
-    def __enter__(self):
-        for index, layer in enumerate(self.family.language_model.layers):
-            self.handles.append(layer.register_forward_pre_hook(self._hook(index), with_kwargs=True))
-        return self
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, index: int):
-        visible = self.mask.clone()
-        for start, places in self.hidden.items():
-            if start <= index:
-                visible &= ~places
-
-        def hook(module, args, kwargs):
-            hidden, cache = args[0], kwargs[CACHE]
-            batch, queries = hidden.shape[:2]
-            past = 0 if cache is None else cache.get_seq_length(index)
-            keys = past + queries
-            seen = visible.repeat_interleave(batch // visible.shape[0], 0)[:, :keys]
-            seen = torch.nn.functional.pad(seen, (0, keys - seen.shape[1]), value=True)
-            own = kwargs["attention_mask"] if self.family.bidirectional else None
-            if own is None:
-                own = torch.arange(keys) <= torch.arange(past, keys)[:, None]
-            own = own if own.dtype == torch.bool else own == 0
-            allowed = own & seen[:, None, None, :]
-            # a row of nothing but False would be NaN: such rows are invisible themselves, any value will do
-            allowed = allowed | (torch.eye(keys, dtype=torch.bool)[past:] & ~allowed.any(-1, keepdim=True))
-            bias = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
-            return args, kwargs | {"attention_mask": bias}
-
-        return hook
 
 
 def hidden_places(inputs: dict[str, Tensor], trace: Trace) -> dict[int, Tensor]:

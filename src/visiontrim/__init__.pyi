@@ -24,6 +24,9 @@ from visiontrim.methods import (
     ADSC as ADSC,
 )
 from visiontrim.methods import (
+    AOT as AOT,
+)
+from visiontrim.methods import (
     DART as DART,
 )
 from visiontrim.methods import (
@@ -33,7 +36,22 @@ from visiontrim.methods import (
     LUVC as LUVC,
 )
 from visiontrim.methods import (
+    MMR as MMR,
+)
+from visiontrim.methods import (
     PPE as PPE,
+)
+from visiontrim.methods import (
+    SCOPE as SCOPE,
+)
+from visiontrim.methods import (
+    VCAST as VCAST,
+)
+from visiontrim.methods import (
+    ApET as ApET,
+)
+from visiontrim.methods import (
+    AutoPrune as AutoPrune,
 )
 from visiontrim.methods import (
     AvgPool as AvgPool,
@@ -72,6 +90,9 @@ from visiontrim.methods import (
     FiCoCoV as FiCoCoV,
 )
 from visiontrim.methods import (
+    FlashVID as FlashVID,
+)
+from visiontrim.methods import (
     HiPrune as HiPrune,
 )
 from visiontrim.methods import (
@@ -81,6 +102,15 @@ from visiontrim.methods import (
     HoliTomInner as HoliTomInner,
 )
 from visiontrim.methods import (
+    HoloV as HoloV,
+)
+from visiontrim.methods import (
+    IVCPrune as IVCPrune,
+)
+from visiontrim.methods import (
+    LiteLVLM as LiteLVLM,
+)
+from visiontrim.methods import (
     MMTok as MMTok,
 )
 from visiontrim.methods import (
@@ -88,6 +118,9 @@ from visiontrim.methods import (
 )
 from visiontrim.methods import (
     NoTrim as NoTrim,
+)
+from visiontrim.methods import (
+    Nuwa as Nuwa,
 )
 from visiontrim.methods import (
     ParVTS as ParVTS,
@@ -120,6 +153,9 @@ from visiontrim.methods import (
     ToMe as ToMe,
 )
 from visiontrim.methods import (
+    TransPrune as TransPrune,
+)
+from visiontrim.methods import (
     Turbo as Turbo,
 )
 from visiontrim.methods import (
@@ -141,11 +177,19 @@ from visiontrim.methods import (
     VisPruner as VisPruner,
 )
 from visiontrim.methods import (
+    VLMPruner as VLMPruner,
+)
+from visiontrim.methods import (
     VScan as VScan,
+)
+from visiontrim.methods import (
+    ZOOPrune as ZOOPrune,
 )
 from visiontrim.models import TextTower as TextTower
 from visiontrim.report import Report as Report
 from visiontrim.run import Run as Run
+from visiontrim.run import current as current
+from visiontrim.run import remove as remove
 from visiontrim.run import trim as trim
 
 __version__: str

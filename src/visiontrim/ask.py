@@ -23,13 +23,17 @@ from visiontrim.core.budget import Amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
 from visiontrim.measure import Clock
+from visiontrim.measure.shapes import checkpoints
 from visiontrim.models import TextTower
+from visiontrim.models.checkpoints import check_there, loaded, sentence, whole
 from visiontrim.run import Run, trim
 
 BUNDLED = "bundled"
 """Name of the LLaVA that ships with the package, with its text tower."""
 BUNDLED_QWEN = "bundled-qwen"
 """Name of the Qwen2.5-VL that ships with it."""
+TOWERS = ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
+"""Names to which a wrong one of a text tower is compared."""
 FALLBACK_PROMPT = "USER: {images}{question} ASSISTANT:"
 """For processors without a chat template: the prompt of LLaVA-1.5, an "<image>" and a new line for every picture."""
 
@@ -63,12 +67,14 @@ class Answer:
         return {
             "answer": self.text,
             "tokens": {
+                "images": report.images,
                 "input": report.input_tokens,
                 "kept": report.kept_tokens,
                 "per_layer": list(report.per_layer),
                 "mean": report.mean,
             },
             "kv_bytes": report.kv_bytes,
+            "notes": list(report.notes),
             "seconds": dict(self.seconds),
             "method": self.run.method.to_dict(),
             "trace": {
@@ -86,8 +92,9 @@ class Answer:
         whole, part = plain.run.report, self.run.report
         table = Table("", "plain", str(self.run.method), "saved")
         table.add_row("answer", plain.text, self.text, "")
-        table.add_row(*row("vision tokens in", whole.kept_tokens, part.kept_tokens, ""))
-        table.add_row(*row("mean per layer", whole.mean, part.mean, "", 1))
+        each = f", of each of {part.images} images" if part.images > 1 else ""  # the cache is that of all
+        table.add_row(*row(f"vision tokens in{each}", whole.kept_tokens, part.kept_tokens, ""))
+        table.add_row(*row(f"mean per layer{each}", whole.mean, part.mean, "", 1))
         table.add_row(*row("KV cache", whole.kv_bytes / 1e6, part.kv_bytes / 1e6, "MB", 2))
         for phase, seconds in self.seconds.items():
             before = 0.0 if phase == "method" else plain.seconds[phase]  # the plain model has no method
@@ -115,11 +122,13 @@ def load(
     elif name == BUNDLED_QWEN:
         (model, processor), tower, normalise = zoo.load_qwen(), None, zoo.normalise
     else:
-        model = _pretrained("model", name, AutoModelForImageTextToText.from_pretrained, dtype=number).eval()
-        processor = _pretrained("processor of", name, AutoProcessor.from_pretrained)
+        check_there("model", name, (BUNDLED, BUNDLED_QWEN, *checkpoints()))
+        processor = loaded("processor of", name, AutoProcessor.from_pretrained)
+        model = whole("model", name, AutoModelForImageTextToText.from_pretrained, dtype=number).eval()
         tower, normalise = None, str.strip
     if text_tower is not None:
-        tower = _pretrained("text tower", text_tower, TextTower.from_pretrained, dtype=number)
+        check_there("text tower", text_tower, TOWERS)
+        tower = loaded("text tower", text_tower, TextTower.from_pretrained, dtype=number)
         _moved(tower.model, place, number)
     return Speaker(name or BUNDLED, _moved(model, place, number), processor, tower, normalise)
 
@@ -185,27 +194,11 @@ def on_device(name: str) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise TrimError(f"there is no device {name!r} ({_sentence(error)}): choose cpu, or leave it at auto") from error
+        torch.zeros(1, device=device).tolist()  # "meta" has no numbers
+    except Exception as error:  # of which class, the device decides
+        raise TrimError(f"there is no device {name!r} ({sentence(error)}): choose cpu, or leave it at auto") from error
     return device
 
 
 def _moved(model: Any, device: torch.device, dtype: Any) -> Any:
     return model.to(device) if dtype == "auto" else model.to(device, dtype)
-
-
-def _pretrained(kind: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
-    try:
-        return load(name, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise TrimError(
-            f"the {kind} {name!r} cannot be loaded ({_sentence(error)}): give a directory, or a hub name such as "
-            "llava-hf/llava-1.5-7b-hf"
-        ) from error
-
-
-def _sentence(error: BaseException) -> str:
-    """The first line of a message, without its full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -84,8 +84,8 @@ def downsample(image: Image.Image, keep: Amount, image_processor: Any) -> Image.
     For an ``image_processor`` that keeps the size of pictures, rounded to cells of a vision token each (Qwen-VL,
     GLM-4V). ``keep`` is a number of tokens or a fraction of the picture's own. It is resized once, by the processor's
     filter: its shorter side to the number of cells nearest to what its shape asks for, the longer one to as many as
-    then go into ``keep``. Raises :class:`TrimError` for a processor without such cells, for more tokens than there
-    are, and where the processor would enlarge the picture again.
+    then go into ``keep``. Raises :class:`TrimError` for a processor without such cells, and where the processor
+    would enlarge the picture again.
     """
     if not hasattr(image_processor, "merge_size") or not hasattr(image_processor, "get_number_of_image_patches"):
         raise TrimError(

@@ -220,9 +220,25 @@ def _tile(images: Sequence[Image.Image], per_row: int) -> Image.Image:
     return sheet
 
 
-def _captioned(image: Image.Image, text: str) -> Image.Image:
-    """The picture with a line of text on a strip below; a picture too narrow for the text gets a margin."""
-    ems = ImageFont.load_default(100).getlength(text) / 100 + 2  # an em of margin left and right
+def captioned(image: Image.Image, text: str) -> Image.Image:
+    """The picture with ``text`` below, in as many lines of equal height as it takes."""
+    font, room = ImageFont.load_default(100), 100 * (image.width / 13 - 2)  # letters of 13 pixels, an em of margin
+    lines, words = [""], text.split()
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if not lines[-1] or font.getlength(longer) <= room else [lines[-1], word]
+    width = max(lines, key=font.getlength)
+    for line in lines:
+        image = _captioned(image, line, width)
+    return image
+
+
+def _captioned(image: Image.Image, text: str, longest: str | None = None) -> Image.Image:
+    """The picture with a line of text on a strip below; a picture too narrow for the text gets a margin.
+
+    Its size is that at which the ``longest`` line fits.
+    """
+    ems = ImageFont.load_default(100).getlength(longest or text) / 100 + 2  # an em of margin left and right
     size = min(17, max(11, int(image.width / ems)))
     width = max(image.width, math.ceil(ems * size))
     large = 4  # drawn large and shrunk, because the built-in font has uneven gaps at this size

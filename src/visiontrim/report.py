@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from visiontrim.core.method import Method, Site
+from visiontrim.core.method import Method, Plan, Positions, Site
 from visiontrim.core.trace import ImageTrace, Trace
 from visiontrim.models.family import Family
 
@@ -41,6 +41,8 @@ class Report:
     """FLOPs (2 per multiply-add) of the decoder layers in the prefill: weights x tokens, and queries x keys twice."""
     flops_plain: int
     """The same for the uncompressed prompt."""
+    notes: tuple[str, ...] = ()
+    """What else a reader of these numbers has to know, in sentences without a full stop."""
 
     @property
     def mean(self) -> float:
@@ -48,14 +50,17 @@ class Report:
         return sum(self.per_layer) / len(self.per_layer)
 
     @classmethod
-    def of(cls, trace: Trace, method: Method, family: Family) -> Report:
-        """Count up ``trace``."""
+    def of(cls, trace: Trace, method: Method, family: Family, rule: Positions = "keep") -> Report:
+        """Count up ``trace``; ``rule`` is that of position ids."""
         layers = len(trace.widths)
         images = [_Image.of(parts) for _, parts in itertools.groupby(trace.images, key=lambda image: image.number)]
         cached = trace.batch * sum(trace.cache_lengths)
         full = trace.past + trace.length
         keys = trace.cache_lengths or trace.attended
         every = (trace.length,) * layers
+        holding = [layer not in family.recurrent for layer in range(layers)]
+        whole = tuple(full * holds for holds in holding)
+        keys = tuple(length * holds for length, holds in zip(keys, holding, strict=True))
         return cls(
             method=str(method),
             images=len(images),
@@ -64,9 +69,10 @@ class Report:
             per_layer=tuple(_mean(image.per_layer[layer] for image in images) for layer in range(layers)),
             stages=_stages(images),
             kv_bytes=trace.cache_bytes,
-            kv_bytes_plain=trace.cache_bytes * trace.batch * layers * full // cached if cached else 0,
+            kv_bytes_plain=trace.cache_bytes * trace.batch * sum(whole) // cached if cached else 0,
             flops=trace.batch * _prefill_flops(family, trace.widths, trace.attended, keys),
-            flops_plain=trace.batch * _prefill_flops(family, every, every, (full,) * layers),
+            flops_plain=trace.batch * _prefill_flops(family, every, every, whole),
+            notes=(*_whole(images, method), *_beyond(trace, family, rule)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,23 +83,36 @@ class Report:
         """The numbers beside those of the uncompressed prompt, for rich."""
         table = Table("", "plain", self.method, "of plain", title=None)
         rows = [
-            ("vision tokens in", self.input_tokens, self.kept_tokens, _count),
-            ("mean per layer", self.input_tokens, self.mean, _count),
-            ("KV cache after prefill", self.kv_bytes_plain, self.kv_bytes, _bytes),
-            ("prefill FLOPs (decoder)", self.flops_plain, self.flops, _flops),
+            (f"vision tokens in{self._each}", self.input_tokens, self.kept_tokens, ""),
+            (f"mean per layer{self._each}", self.input_tokens, self.mean, ""),
+            ("KV cache after prefill", self.kv_bytes_plain, self.kv_bytes, "B"),
+            ("prefill FLOPs (decoder)", self.flops_plain, self.flops, "FLOP"),
         ]
         for name, plain, ours, unit in rows:
-            table.add_row(name, unit(plain), unit(ours), f"{ours / plain:.1%}" if plain else "-")
+            cells = [scaled(one, unit, plain) if unit else _count(one) for one in (plain, ours)]
+            table.add_row(name, *cells, f"{ours / plain:.1%}" if plain else "-")
         for column in table.columns[1:]:
             column.justify = "right"
         return table
 
+    @property
+    def _each(self) -> str:
+        """Cache and FLOPs are those of all images, tokens are not."""
+        return f", of each of {self.images} images" if self.images > 1 else ""
+
     def __str__(self) -> str:
-        return (
-            f"{self.method} | {_count(self.input_tokens)} -> {_count(self.kept_tokens)} vision tokens, "
-            f"mean {self.mean:.1f} per layer | KV {_bytes(self.kv_bytes_plain)} -> {_bytes(self.kv_bytes)} | "
-            f"prefill {_flops(self.flops_plain)} -> {_flops(self.flops)}"
+        tokens = f"{_count(self.input_tokens)} -> {_count(self.kept_tokens)} vision tokens"
+        if self.images > 1:
+            whole, left = (_count(self.images * mean) for mean in (self.input_tokens, self.kept_tokens))
+            tokens = f"{whole} -> {left} vision tokens of {self.images} images ({tokens} each)"
+        parts = (
+            self.method,
+            f"{tokens}, mean {self.mean:.1f} per layer{' and image' if self.images > 1 else ''}",
+            f"KV {_both(self.kv_bytes_plain, self.kv_bytes, 'B')}",
+            f"prefill {_both(self.flops_plain, self.flops, 'FLOP')}",
+            *self.notes,
         )
+        return " | ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +141,28 @@ class _Image:
         )
 
 
+def _whole(images: list[_Image], method: Method) -> list[str]:
+    """That images have no more tokens than a number asks for."""
+    methods = method.methods if isinstance(method, Plan) else (method,)
+    asked = [keep for keep in (getattr(one, "keep", None) for one in methods) if type(keep) is int]
+    small = [image for image in images if asked and image.total <= max(asked)]
+    if not small:
+        return []
+    some = f"{len(small)} of {len(images)} images have" if len(images) > 1 else "the image has"
+    return [f"{some} no more than keep={max(asked)} tokens and pass{'' if len(images) > 1 else 'es'} whole"]
+
+
+def _beyond(trace: Trace, family: Family, rule: Positions) -> list[str]:
+    """That a prompt is longer than the model was made for."""
+    limit = getattr(family.language_model.config, "max_position_embeddings", None)
+    if limit is None or family.mrope:  # there a picture takes fewer positions than tokens
+        return []
+    length = trace.past + (trace.widths[0] if rule == "compact" else trace.length)
+    if length <= limit:
+        return []
+    return [f"the prompt takes {length:,} positions, the model was made for {limit:,}: its answers may be of no use"]
+
+
 def _mean(values) -> float:
     values = list(values)
     mean = sum(values) / len(values)
@@ -141,7 +182,7 @@ def _stages(images: list[_Image]) -> tuple[dict[str, Any], ...]:
 
 def _prefill_flops(family: Family, widths: tuple[int, ...], attended: tuple[int, ...], keys: tuple[int, ...]) -> int:
     """FLOPs of the decoder layers for one row of ``widths`` tokens: ``attended`` of them, or of what they were merged
-    from, attend to ``keys`` keys in each layer."""
+    from, attend to ``keys`` keys in each layer: none where that has linear attention, whose weights alone count."""
     config = family.language_model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads_width = config.num_attention_heads * head_dim
@@ -156,18 +197,16 @@ def _count(tokens: float) -> str:
     return f"{tokens:.0f}" if tokens == int(tokens) else f"{tokens:.1f}"
 
 
-def _bytes(number: float) -> str:
-    return scaled(number, "B")
+def _both(plain: float, ours: float, unit: str) -> str:
+    """Two numbers that are compared have one unit."""
+    return f"{scaled(plain, unit).partition(' ')[0]} -> {scaled(ours, unit, plain)}"
 
 
-def _flops(number: float) -> str:
-    return scaled(number, "FLOP")
-
-
-def scaled(number: float, unit: str) -> str:
-    """``number`` to three digits, with a prefix of ``unit`` in powers of 1000."""
+def scaled(number: float, unit: str, like: float | None = None) -> str:
+    """``number`` to three digits, with a prefix of ``unit`` in powers of 1000: that of ``like``, or its own."""
+    size = number if like is None else like
     for prefix in ("", "k", "M", "G", "T"):
-        if number < 1000 or prefix == "T":
+        if size < 1000 or prefix == "T":
             return f"{number:.3g} {prefix}{unit}" if prefix else f"{number:.0f} {unit}"
-        number /= 1000
+        number, size = number / 1000, size / 1000
     raise AssertionError("unreachable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from PIL import Image
 from transformers import PreTrainedModel
@@ -27,8 +27,9 @@ from visiontrim.models.text import Reader, TextTower, guidance_of, words_of
 from visiontrim.picture import token_map
 from visiontrim.report import Report
 
-_open: WeakKeyDictionary[PreTrainedModel, Method] = WeakKeyDictionary()
-"""Models with an open run, and its method; weak, so that a forgotten run keeps no model alive."""
+_open: WeakKeyDictionary[PreTrainedModel, ref[Run]] = WeakKeyDictionary()
+"""Models with an open run, and the run, which lives as long as its hooks on the model; all of it weak, so that a
+forgotten run keeps no model alive."""
 
 
 def trim(
@@ -80,6 +81,8 @@ def trim(
     Raises:
         TrimError: for input that cannot work; the model is then untouched.
     """
+    if isinstance(method, type):
+        raise TrimError(f"{method.__name__} is a class: give an object, {method.__name__}(keep=64), or a name")
     chosen = load_method(method, **({} if keep is None else {"keep": keep}))
     if positions not in (None, *get_args(Positions)):
         raise TrimError(f"positions={positions!r}: choose from {', '.join(map(repr, get_args(Positions)))}")
@@ -88,6 +91,21 @@ def trim(
     if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
         raise TrimError(f"remember={remember!r}: give the number of calls of the encoder to remember, 0 for none")
     return Run(model, chosen, question, text_tower, processor, positions, per, remember, clock)
+
+
+def current(model: PreTrainedModel) -> Run | None:
+    """The run that is open on ``model``, also where nobody kept it; None: there is none."""
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise TrimError(f"{model!r} is no model: give the one of transformers that a run may be open on")
+    run = _open.get(inner)
+    return None if run is None else run()
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Close the run that is open on ``model``, if there is one: as :meth:`Run.remove`."""
+    if (run := current(model)) is not None:
+        run.remove()
 
 
 class Run:
@@ -120,6 +138,7 @@ class Run:
             )
         self._questions = Questions(guidance, words_of(self._family, processor), question)
         rule = positions or ("keep" if self._family.mrope and method.positions == "compact" else method.positions)
+        self._rule: Positions = rule
         deviation = deviations(getattr(processor, "image_processor", None))
         self._session = Session(
             self._family, method, rule, per, remember, self._questions, deviation, self._finish, clock
@@ -138,16 +157,24 @@ class Run:
 
     def attach(self) -> Run:
         """Compress from now on. Raises :class:`TrimError` if the model has an open run."""
-        if (other := _open.get(self.model)) is not None:
-            raise TrimError(f"the model already has an open run ({other}): remove it first, or compose with |")
+        if (other := current(self.model)) is not None:
+            raise TrimError(
+                f"the model already has an open run ({other.method}): leave it by visiontrim.remove(model), or compose "
+                "with |"
+            )
         self._session.attach()
         self._attached = True
-        _open[self.model] = self.method
+        _open[self.model] = ref(self)
         return self
 
     def remove(self) -> None:
-        """Leave the model as it was before :meth:`attach`."""
-        if self._attached:
+        """Leave the model as it was before :meth:`attach`, once calls in progress in other threads are over.
+
+        Raises :class:`TrimError` within a call of the model, which could not go on.
+        """
+        if not self._attached:
+            return
+        with self._session.context.idle():
             self._attached = False
             del _open[self.model]
             self._session.detach()
@@ -168,7 +195,7 @@ class Run:
     @property
     def report(self) -> Report:
         """What the latest prefill saved: one line as text, ``table()`` for rich, ``to_dict()`` for JSON."""
-        return Report.of(self.trace, self.method, self._family)
+        return Report.of(self.trace, self.method, self._family, self._rule)
 
     def picture(self, image: Image.Image, number: int = 0, part: int = 0) -> Image.Image:
         """Draw on ``image``, the prompt's image ``number``, which of its tokens were kept, merged and dropped.

@@ -69,8 +69,8 @@ def test_mistakes_are_told(task):
 
 def test_a_stock_task_reads_a_local_folder_and_no_hub(tmp_path):
     """POPE's official files as lmms-eval's data set; its suffix is off, which the bundled model has no words for."""
-    official.pope(tmp_path)
-    program = [sys.executable, EXAMPLE / "local_pope.py", tmp_path / "pope"]
+    official.pope(tmp_path / "data")  # of a folder "pope" beside it lmms-eval would take tasks
+    program = [sys.executable, EXAMPLE / "local_pope.py", tmp_path / "data" / "pope"]
     subprocess.run(program, cwd=tmp_path, check=True)
     done = lmms_eval(tmp_path, "method=visiontrim,keep=64", "pope_bare")
     (results,) = (tmp_path / "out").rglob("*_results.json")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from visiontrim.analyze.attention import BINS, POINTS, QUERIES, SIDE, Attention, Source
+from visiontrim.analyze.horizon import Horizon
 from visiontrim.plotting import pyplot
 
 TITLES = {"last": "last position", "text": "text", "all": "all positions", "image": "image"}
@@ -141,6 +142,30 @@ def layers(found: Attention, file: Path, kinds: Sequence[str] = QUERIES, chosen:
     axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     _curves(found, axes[2], "entropy", "entropy on the image, 1 = even", kinds)
     _legend(axes[2])
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    return [file]
+
+
+def horizon(found: Sequence[Horizon], file: Path) -> list[Path]:
+    """What random tokens from a layer on lose, a line for each type of question, and what the method's do."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+    layers = [depth.layer for depth in found[0].depths]
+    for number, one in enumerate(found):
+        style = {"color": "black", "lw": 2.2} if not number else {"lw": 1.0, "color": f"C{(number - 1) % 10}"}
+        losses = [depth.loss for depth in one.depths]
+        axis.plot(
+            layers, losses, marker="os^Dv<>Pph"[number % 10], ms=4, mfc="none", label=f"random, {one.type}", **style
+        )
+    ours = [(depth.layer, depth.method) for depth in found[0].depths if depth.method is not None]
+    if ours:
+        axis.plot(*zip(*ours, strict=True), color="crimson", lw=2.2, ls="--", marker="*", label="method, all")
+    axis.axhline(0, color="0.6", lw=0.8, zorder=0)
+    axis.set(
+        xlabel="decoder layer from which on the others are gone", ylabel="points over the plain model", xticks=layers
+    )
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=130)
     plt.close(figure)
     return [file]

@@ -76,6 +76,8 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture with fewer vision tokens."""
+    from visiontrim.picture import captioned
+
     pictures, chosen, run = _prepare(
         images, method, keep, map_file, model=model, text_tower=text_tower, device=device, dtype=dtype
     )
@@ -87,7 +89,7 @@ def ask(
     with status("asking"):
         answer = run(pictures, question, chosen, max_new_tokens=max_new_tokens)
     if map_file is not None:
-        save_image(_maps(answer, images, pictures), map_file)
+        save_image(captioned(_maps(answer, images, pictures), f"{answer.run.method}, asked {question!r}"), map_file)
     if as_json:
         extra = {"model": model or "bundled"}
         extra |= {"map": str(map_file)} if map_file is not None else {}
@@ -119,7 +121,7 @@ def draw(
 ) -> None:
     """Draw which vision tokens stay clear, which are merged (tinted) and which are dropped (dark)."""
     from visiontrim.core.registry import load_method
-    from visiontrim.picture import side_by_side
+    from visiontrim.picture import captioned, side_by_side
 
     names = [method] if methods is None else methods_of(methods)
     budget = {} if keep is None else {"keep": keep}
@@ -129,7 +131,11 @@ def draw(
     )
     with status("asking"):
         maps = [_maps(run(pictures, question, one, max_new_tokens=1), [image], pictures) for one in chosen]
-    save_image(maps[0] if len(maps) == 1 else side_by_side(maps, list(map(str, chosen))), output)
+    if len(maps) == 1:
+        drawn = captioned(maps[0], f"{chosen[0]}, asked {question!r}")
+    else:
+        drawn = captioned(side_by_side(maps, list(map(str, chosen))), f"asked {question!r}")
+    save_image(drawn, output)
     print(output)
 
 

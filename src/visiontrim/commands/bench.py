@@ -26,6 +26,7 @@ from visiontrim.commands.options import (
     every,
     size_of,
 )
+from visiontrim.commands.progress import Progress
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ EPILOG = (
     "visiontrim bench llava-1.5-7b --layers 4 --method visiontrim --method random --keep 64 --answer 8\n\n"
     "visiontrim bench qwen2.5-vl-7b --size 3584x3584 --dtype bfloat16 --device cuda --out speed.json"
 )
+ATTENTIONS = "choose sdpa or eager, or install the package of another one"
 
 
 def bench(
@@ -74,6 +76,7 @@ def bench(
     """
     import torch
 
+    from visiontrim.evaluate.benchmarks.base import save_text
     from visiontrim.images import check_output
     from visiontrim.measure.bench import Load, environment
     from visiontrim.measure.bench import bench as run
@@ -88,7 +91,7 @@ def bench(
     chosen = every(method, keep)
     if threads is not None:
         torch.set_num_threads(threads)
-    subject = _subject(model, layers, size, text_tower, device, dtype, attention)
+    subject = _subject(model, layers, size, text_tower, device, dtype, attention, (max(batch), text, answer))
     told: dict[str, Any] = {
         "model": subject.name,
         "text": text,
@@ -97,12 +100,13 @@ def bench(
         "cpu_time": cpu_time,
     }
     told |= {"when": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(subject.model)}
-    told["batches"] = [
-        {"batch": rows, "rows": run(subject, chosen, Load(rows, text, answer, rounds, cpu_time=cpu_time))}
-        for rows in batch
-    ]
-    if out is not None:
-        out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    told["batches"] = []
+    for rows in batch:
+        load = Load(rows, text, answer, rounds, cpu_time=cpu_time)
+        found = run(subject, chosen, load, Progress(f"calls, batch {rows}"))
+        told["batches"].append({"batch": rows, "rows": found})
+        if out is not None:  # after every batch: what is measured is kept
+            save_text(json.dumps(told, indent=1) + "\n", out)
     if plot is not None:
         from visiontrim.measure.plot import time_against_tokens
 
@@ -124,26 +128,23 @@ def _subject(
     device: str,
     dtype: DtypeName,
     attention: str,
+    load_of: tuple[int, int, int],
 ) -> Subject:
+    """What is timed; ``load_of`` are the most prompts, their text tokens, and those of the answer."""
     import torch
     from transformers.utils import logging
 
     from visiontrim.ask import load, on_device
     from visiontrim.measure.bench import Subject, noise_tower
+    from visiontrim.measure.room import check_room
     from visiontrim.measure.shapes import Shape, preset_names
+    from visiontrim.models.checkpoints import loaded
     from visiontrim.models.family import family_of
 
     logging.disable_progress_bar()
     shape = Shape.load(name)
     if size is not None:
         shape = shape.seeing(*size_of(size))
-    if name not in preset_names():
-        if layers is not None:
-            raise TrimError(f"--layers is for presets, of which {name!r} is none: choose {', '.join(preset_names())}")
-        speaker = load(name, text_tower=text_tower, device=device, dtype=dtype.value)
-        model: Any = speaker.model
-        model.set_attn_implementation(attention)
-        return Subject(name, model, shape.picture, speaker.text_tower, speaker.processor)
     place = on_device(device)
     number = (
         getattr(torch, dtype.value)
@@ -152,8 +153,22 @@ def _subject(
         if place.type == "cpu"
         else shape.dtype
     )
+    batch, text, answer = load_of
+    if name not in preset_names():
+        if layers is not None:
+            raise TrimError(f"--layers is for presets, of which {name!r} is none: choose {', '.join(preset_names())}")
+        check_room(shape, place, number, batch=batch, text=text, answer=answer, weights=False)
+        speaker = load(name, text_tower=text_tower, device=device, dtype=dtype.value)
+        model: Any = speaker.model
+        loaded("attention implementation", attention, model.set_attn_implementation, ATTENTIONS)
+        return Subject(name, model, shape.picture, speaker.text_tower, speaker.processor)
     shape = shape if layers is None else shape.sliced(layers)
-    model = shape.build(str(place), number, attention)
+    check_room(shape, place, number, batch=batch, text=text, answer=answer, weights=True)
+
+    def build(chosen: str) -> Any:
+        return shape.build(str(place), number, chosen)
+
+    model = loaded("attention implementation", attention, build, ATTENTIONS)
     model.generation_config.eos_token_id = None
     return Subject(shape.name, model, shape.picture, *noise_tower(family_of(model)))
 
@@ -178,6 +193,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     )
     for name in names:
         table.add_column(name, justify="right")
+    largest = {key: max(row[key] for row in rows) for key in ("kv_bytes", "peak_bytes")}  # a unit for each column
     for row in rows:
         times = [f"{1e3 * median:.4g}" for _, median, _ in row["seconds"].values()]
         ideal = row.get("ideal_of_ours")
@@ -187,7 +203,6 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
             *times,
             f"{row['of_plain']['total'][1]:.3f}",
             f"{ideal['total'][1]:.3f}" if ideal else "",
-            scaled(row["kv_bytes"], "B"),
-            scaled(row["peak_bytes"], "B"),
+            *(scaled(row[key], "B", of) for key, of in largest.items()),
         )
     return table

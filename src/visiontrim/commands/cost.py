@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from visiontrim.commands.options import Answer, Json, Keeps, Methods, Size, Text, console, every, size_of
+from visiontrim.commands.options import MOST, Answer, Json, Keeps, Methods, Size, Text, console, every, size_of
 
 if TYPE_CHECKING:
     from visiontrim.measure.cost import Cost
@@ -30,7 +30,7 @@ def cost(
     keep: Keeps = [],  # noqa: B006
     text: Text = 60,
     answer: Answer = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time, each with one picture.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Prompts at a time, each with one picture.")] = 1,
     size: Size = None,
     as_json: Json = False,
     show: Annotated[bool, typer.Option("--list", help="List the presets and stop.")] = False,
@@ -87,7 +87,10 @@ def _table(title: str, plain: Cost, ours: list[Cost]) -> Table:
         before, cells = getattr(plain, key), []
         for one in ours:
             after = getattr(one, key)
-            cells += [scaled(after, unit) if unit else f"{after:.4g}", f"{after / before:.1%}" if before else "-"]
+            cells += [
+                scaled(after, unit, before) if unit else f"{after:.4g}",
+                f"{after / before:.1%}" if before else "-",
+            ]
         table.add_row(title, scaled(before, unit) if unit else f"{before:.4g}", *cells)
     return table
 

@@ -34,7 +34,10 @@ EVAL_EPILOG = "Example:  visiontrim eval --methods visiontrim,visionzip --keep 6
 TUNE_EPILOG = "Example:  visiontrim tune --data my.jsonl --target-retention 0.99 --methods visiontrim,visionzip"
 
 Methods = Annotated[
-    str, typer.Option(metavar="A,B[:K=V],...", help="Methods by name, with options, or all; controls are always there.")
+    str,
+    typer.Option(
+        metavar="A,B[:K=V],...", help="Methods by name, with options, all among them; controls are always there."
+    ),
 ]
 Keeps = Annotated[str, typer.Option(metavar="N,N,...", help="Budgets: vision tokens per decoder layer, in the mean.")]
 Out = Annotated[
@@ -101,6 +104,7 @@ def evaluate(
     images: Images = None,
     scenes: Scenes = None,
     minutes: Minutes = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of the random control; their spread is told.")] = 5,
     out: Out = None,
     batch: Batch = 32,
     protocol: ProtocolName = "chat",
@@ -118,7 +122,7 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Score methods on questions, beside the plain model, random and uniform tokens; writes a report."""
+    """Score methods on questions, beside the plain model, random and uniform tokens and smaller pictures."""
     from visiontrim.evaluate import evaluation, output
     from visiontrim.evaluate.asking import Examiner
     from visiontrim.evaluate.log import NAME, Log, claimed
@@ -127,7 +131,7 @@ def evaluate(
     if listed:
         _list(as_json)
         return
-    blocks = _blocks(methods, keep, ablation)
+    blocks = _blocks(methods, keep, ablation, seeds)
     cells = _cells(blocks)
     how = chosen_protocol(protocol, template=template, pad=pad, suffix=suffix, guide=guide, max_new_tokens=answer)
     questions, folder = _questions(suite, split, scenes, images, out, "visiontrim-eval", frames)
@@ -177,7 +181,7 @@ def tune(
     from visiontrim.plotting import pyplot
 
     pyplot()  # told before the work, if it is missing
-    chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
+    chosen = _chosen(methods)
     cells = [Cell(method, amount) for amount in amounts_of(keep) for method in chosen]
     for cell in cells:
         cell.load()
@@ -205,18 +209,25 @@ def tune(
     print(folder / "frontier.png")
 
 
-def _blocks(methods: str, keep: str, ablation: str | None) -> list[Block]:
+def _blocks(methods: str, keep: str, ablation: str | None, seeds: int) -> list[Block]:
     from visiontrim.evaluate import evaluation
 
     if ablation is None:
-        chosen = evaluation.all_methods() if methods == "all" else methods_of(methods)
-        return [evaluation.Block.comparison(chosen, amounts_of(keep))]
+        chosen = _chosen(methods)
+        return [evaluation.Block.comparison(chosen, amounts_of(keep), seeds)]
     names = evaluation.ablations() if ablation == "all" else ablation.split(",")
     return [evaluation.ablation(name) for name in names]
 
 
+def _chosen(methods: str) -> list[str]:
+    """The methods of a list, in which "all" stands for every method for single images."""
+    from visiontrim.evaluate.evaluation import all_methods
+
+    return [name for part in methods_of(methods) for name in (all_methods() if part == "all" else [part])]
+
+
 def _cells(blocks: list[Block]) -> list[Cell]:
-    cells = [cell for block in blocks for cell in block.cells]
+    cells = [cell for block in blocks for cell in block.asked]
     for cell in cells:
         cell.load()  # unknown names are told before anything is asked
     return cells

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from visiontrim.core.errors import TrimError
 
@@ -64,14 +65,27 @@ Keeps = Annotated[
         "Default: the method's.",
     ),
 ]
-Text = Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")]
-Answer = Annotated[int, typer.Option(min=1, help="Tokens of the answer.")]
+MOST = 10**12
+"""Tokens and prompts that are counted: a number beyond is a slip."""
+Text = Annotated[int, typer.Option(min=4, max=MOST, help="Text tokens of the prompt.")]
+Answer = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of the answer.")]
 Size = Annotated[
     str | None,
     typer.Option(
         metavar="HxW[xFRAMES]", help="Picture in pixels, or a video. Default: the preset's, or the encoder's."
     ),
 ]
+
+
+class Command(TyperCommand):
+    """A command in whose help flags have no type."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False) and getattr(param, "metavar", None) is None:
+                param.metavar = ""  # pyright: ignore[reportAttributeAccessIssue]
+        return params
 
 
 def amount_of(text: str) -> int | float:
@@ -133,9 +147,14 @@ def load_speaker(
     return load(model, text_tower=text_tower, device=device, dtype=dtype.value)
 
 
-def check_file(path: Path, option: str) -> None:
-    """Raise :class:`TrimError` where ``path`` cannot be written, as far as that can be told before the work."""
-    if path.is_dir():
+def check_file(path: Path, option: str, folder: bool = False) -> None:
+    """Raise :class:`TrimError` where ``path`` cannot be written, as far as that can be told before the work.
+
+    ``folder`` says that it will be one.
+    """
+    if folder and path.is_file():
+        raise TrimError(f"{option} {path} is a file: give the name of a folder")
+    if path.is_dir() and not folder:
         raise TrimError(f"{option} {path} is a folder: give the name of a file")
     if not path.parent.is_dir():
         raise TrimError(f"{option} {path}: {path.parent} is no folder: create it first, or write somewhere else")

@@ -55,8 +55,8 @@ def score(
     from visiontrim.evaluate.benchmarks import open_benchmark
 
     chosen, files = open_benchmark(benchmark)
-    if upload is not None and chosen.upload:  # MME's upload is a folder
-        check_file(upload, "--upload")
+    if upload is not None:
+        check_file(upload, "--upload", folder=not chosen.upload)  # MME's upload is a folder
     if grades is not None and judge is not None:
         check_file(grades, "--grades")
     paths = answers or []

@@ -1,18 +1,21 @@
-"""``visiontrim zoo train | eval | phrases | card``: the models that ship."""
+"""``visiontrim zoo train | eval | phrases | validity | card``: the models that ship."""
 
 from __future__ import annotations
 
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from visiontrim.commands.options import Command, check_file
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:
+    from visiontrim.ask import Speaker
     from visiontrim.zoo.evaluate import Scores
+    from visiontrim.zoo.suite import Sample
 
 app = typer.Typer(
     help="The models that ship: train them, score them, describe them.",
@@ -33,7 +36,7 @@ class StageName(StrEnum):
     ship = "ship"
 
 
-@app.command(epilog="Example:  visiontrim zoo train --out runs/llava --stage vision")
+@app.command(cls=Command, epilog="Example:  visiontrim zoo train --out runs/llava --stage vision")
 def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of checkpoints, logs and the finished model.")],
     stage: Annotated[
@@ -55,7 +58,7 @@ class ModelName(StrEnum):
     qwen = "qwen"
 
 
-@app.command("eval", epilog="Example:  visiontrim zoo eval qwen --split 16x12 --scenes 20")
+@app.command("eval", cls=Command, epilog="Example:  visiontrim zoo eval qwen --split 16x12 --scenes 20")
 def evaluate(
     name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava or qwen.")] = ModelName.llava,
     split: Annotated[
@@ -78,6 +81,9 @@ def evaluate(
     import torch
 
     torch.set_num_threads(threads)
+    if out is not None:
+        check_file(out, "--out")
+        _known(out)
     if name is ModelName.qwen:
         _evaluate_qwen(split, scenes, keep, model, control_scenes, out)
         return
@@ -112,11 +118,23 @@ def _evaluate_qwen(
 def _print(scores: Scores, name: str, out: Path | None) -> None:
     print(f"### {scores.title(name)}\n\n{scores.table()}\n")
     if out is not None:
-        known = json.loads(out.read_text()) if out.exists() else {}
-        out.write_text(json.dumps(known | {name: scores.to_dict()}, indent=1) + "\n")
+        from visiontrim.evaluate.benchmarks.base import save_text
+
+        save_text(json.dumps(_known(out) | {name: scores.to_dict()}, indent=1) + "\n", out)
 
 
-@app.command(epilog="Example:  visiontrim zoo phrases --scenes 20")
+def _known(file: Path) -> dict[str, Any]:
+    """Scores that are there already."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise TrimError(f"{file} holds no scores ({error}): give another file") from error
+    if not isinstance(known, dict):
+        raise TrimError(f"{file} holds no scores, but a {type(known).__name__}: give another file")
+    return known
+
+
+@app.command(cls=Command, epilog="Example:  visiontrim zoo phrases --scenes 20")
 def phrases(
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes; every object of each is named.")] = 100,
     model: Annotated[
@@ -134,14 +152,86 @@ def phrases(
         print(f"| `{name}` | {found.phrases} | {found.area:.4f} | {found.hits:.1%} |")
 
 
-@app.command(epilog="Example:  visiontrim zoo card docs/results/llava.json")
+VALIDITY = "validity.json"
+
+
+@app.command(cls=Command, epilog="Example:  visiontrim zoo validity --out docs/results/table")
+def validity(
+    name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava or qwen.")] = ModelName.llava,
+    scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes, with all their questions.")] = 44,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Another checkpoint (llava: holds llava and clip).")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 32,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Folder of log and figures; that of `visiontrim eval` saves its answers."),
+    ] = Path("visiontrim-validity"),
+) -> None:
+    """How well the model predicts what is known of LLaVA-1.5-7B; printed whatever it is."""
+    import torch
+
+    from visiontrim.commands.progress import Progress, stoppable
+    from visiontrim.evaluate import validity as figures
+    from visiontrim.evaluate.asking import Examiner
+    from visiontrim.evaluate.benchmarks.base import save_json
+    from visiontrim.evaluate.log import NAME, Log, claimed
+    from visiontrim.evaluate.suites import load_suite
+
+    torch.set_num_threads(threads)
+    speaker, suite, samples, tokens = _bed(name, model, scenes)
+    with claimed(out), stoppable(f"answers are in {out / NAME}, and the same command goes on"):
+        examiner = Examiner(speaker, load_suite(*suite, scenes=scenes), Log(out / NAME), batch)
+        found = figures.validity(examiner, samples, tokens, Progress("batches x methods"))
+        save_json(found, out / VALIDITY, indent=1)
+    print(f"{figures.title(found)}\n\n{figures.table(found)}\n\n{out / VALIDITY}")
+
+
+def _bed(name: ModelName, model: Path | None, scenes: int) -> tuple[Speaker, tuple[str, str], list[Sample], int]:
+    """A bundled model, the name and split of its suite, the questions themselves, and the tokens of a picture."""
+    import dataclasses
+
+    from visiontrim import zoo
+    from visiontrim.ask import BUNDLED, BUNDLED_QWEN
+    from visiontrim.commands.options import DtypeName, load_speaker
+    from visiontrim.zoo.canvas_scores import CANVASES, parse_grid
+
+    if name is ModelName.qwen:
+        grid = parse_grid(CANVASES[0])
+        speaker = load_speaker(BUNDLED_QWEN, None, "cpu", DtypeName.float32)
+        if model is not None:
+            other, processor = zoo.load_qwen(model)
+            speaker = dataclasses.replace(speaker, model=other, processor=processor)
+        return speaker, ("canvases", CANVASES[0]), list(zoo.held_out_canvases(grid, scenes)), grid[0] * grid[1]
+    speaker = load_speaker(BUNDLED, None, "cpu", DtypeName.float32)
+    if model is not None:
+        bundle = zoo.load(model)
+        speaker = dataclasses.replace(
+            speaker, model=bundle.model, processor=bundle.processor, text_tower=bundle.text_tower
+        )
+    return speaker, ("shapes", "standard"), list(zoo.SPLITS["standard"].samples(scenes)), 576
+
+
+@app.command(cls=Command, epilog="Example:  visiontrim zoo card docs/results/llava/llava.json")
 def card(
-    results: Annotated[Path, typer.Argument(metavar="FILE", help="What `visiontrim zoo eval --out FILE` wrote.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What `visiontrim zoo eval --out FILE` or `zoo validity` wrote.")
+    ],
 ) -> None:
     """Print the tables of the model card, as Markdown, from stored scores."""
+    from visiontrim.evaluate import validity as figures
     from visiontrim.zoo.evaluate import Scores
 
     if not results.exists():
         raise TrimError(f"there is no {str(results)!r}: write it with `visiontrim zoo eval --out {results}`")
-    for name, data in json.loads(results.read_text()).items():
-        _print(Scores.from_dict(data), name, out=None)
+    stored = _known(results)
+    if "ranks" in stored:
+        print(f"{figures.title(stored)}\n\n{figures.table(stored)}")
+        return
+    for name, data in stored.items():
+        try:
+            scores = Scores.from_dict(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrimError(f"{results} holds no scores of {name!r} ({type(error).__name__} {error})") from error
+        _print(scores, name, out=None)

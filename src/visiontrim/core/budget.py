@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from visiontrim.core.errors import TrimError
 
 Amount = int | float
-"""A number of tokens per image (int) or a fraction of its tokens (float in (0, 1])."""
+"""A number of tokens per image (int), at most, or a fraction of its tokens (float in (0, 1])."""
 
 
 Depth = int | float
@@ -31,14 +31,12 @@ def check_amount(keep: object, name: str = "keep") -> None:
 def resolve(keep: Amount, total: int, name: str = "keep") -> int:
     """Number of tokens that ``keep`` means for an image of ``total`` vision tokens, at least 1.
 
-    A fraction is rounded to the nearest count. Raises :class:`TrimError` for more tokens than there are.
+    A fraction is rounded to the nearest count. A number is one at most: an image that has fewer passes whole.
     """
     check_amount(keep, name)
     if isinstance(keep, float):
         return max(1, round(keep * total))
-    if keep > total:
-        raise TrimError(f"{name}={keep} but the image has {total} vision tokens: give at most {total}, or a fraction")
-    return keep
+    return min(keep, total)
 
 
 def split_two_stage(mean: int, total: int, layer: int, num_layers: int, funnel: float) -> tuple[int, int]:

@@ -69,6 +69,8 @@ class Layers:
     """Layers of the language model."""
     whole: tuple[int, ...] = ()
     """Layers of the vision encoder that see all of a picture where the others see windows; (): all do."""
+    between: bool = True
+    """Whether tokens can be removed between the layers of the language model."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,17 @@ class Method(ABC):
     """One line for tables."""
     paper: ClassVar[str]
     """Where it is published, or "control"."""
+    for_videos: ClassVar[bool] = False
+    """Whether it was published for videos: by its rule an image is a video of one frame."""
+    also_at: ClassVar[tuple[type, ...]] = ()
+    """Kinds of place (:data:`Site`, or :class:`Decoding`) where options can have it act, beside those of its steps."""
     text_aware: ClassVar[bool] = False
     """Whether the question can change what is kept."""
     merges: ClassVar[bool] = False
     """Whether kept tokens carry something of the dropped ones."""
-    narrows_cache: ClassVar[bool] = False
+    narrows_cache: ClassVar[bool | Literal["all"]] = False
     """Whether, once the prefill is over, every decoder layer from the first stage on that removes something caches only
-    what the last one left."""
+    what the last one left; "all": every decoder layer."""
 
     @property
     def positions(self) -> Positions:
@@ -124,6 +130,10 @@ class Method(ABC):
     def steps_for(self, layers: Layers) -> tuple[Step, ...]:
         """The steps on a model of so many ``layers``."""
         return self.steps()
+
+    def as_part(self) -> Method:
+        """The method as a part of a plan, whose other parts take stages that it may have taken alone."""
+        return self
 
     def __or__(self, other: Method) -> Plan:
         return Plan((self, other))
@@ -213,7 +223,7 @@ class Plan(Method):
     def __post_init__(self) -> None:
         flat: list[Method] = []
         for method in self.methods:
-            flat += method.methods if isinstance(method, Plan) else [method]
+            flat += method.methods if isinstance(method, Plan) else [method.as_part()]
         object.__setattr__(self, "methods", tuple(flat))
         check_order(self, self.steps())
         if len(views := [str(method) for method in self.methods if method.decoding is not None]) > 1:

@@ -172,6 +172,10 @@ class EncoderSignals(Signals, group="encoder"):
     """The query of [CLS], scaled likewise (between layers only)."""
     projected: Float[Tensor, "batch tokens width"]
     """The tokens in the language model's space, after the projector (at the output only)."""
+    sensitivity: Float[Tensor, "batch tokens"]
+    """How much the projector changes what it makes of a token when the token changes: the norm of its derivative along
+    a unit vector, mean over 64 that are the same for all, float32 (at the output only, and where a projector maps every
+    token by itself)."""
     pixels: Float[Tensor, "batch tokens channels values"]
     """What the model got as the pixels of each token: normalised by its processor, and equal where they were. Of a
     token that others merged into, its own (between layers and before the first one)."""
@@ -215,6 +219,11 @@ class DecoderSignals(Signals, group="decoder"):
     logit of the attention."""
     keys: Annotated[Sides, "batch key_heads tokens head_dim", "batch key_heads text head_dim"]
     """Keys of that layer, each head shared by query_heads / key_heads query heads."""
+    values: Annotated[Sides, "batch key_heads tokens head_dim", "batch key_heads text head_dim"]
+    """Values of that layer: what its attention averages. They know no positions."""
+    mean_rotary: Float[Tensor, "batch tokens 2"]
+    """Mean over its dimensions, and over the axes of mRoPE, of the cosines, then of the sines, of the rotary position
+    encoding, float32."""
     rotary: Annotated[Sides, "batch tokens rotary_dim", "batch text rotary_dim"]
     """Cosines, then sines, of the rotary position encoding."""
 

@@ -43,6 +43,8 @@ class View:
     """How many of those stand in segments before this one."""
     marked: Bool[Tensor, "batch tokens"] | None = None
     """Tokens that an earlier step marked (:attr:`Keep.marked`); None: no step marked any."""
+    noted: Float[Tensor, "batch tokens"] | None = None
+    """A number of each token that an earlier step noted last (:attr:`Keep.noted`); None: no step noted any."""
     encoder: EncoderSignals = field(default_factory=EncoderSignals)
     decoder: DecoderSignals = field(default_factory=DecoderSignals)
     text: TextSignals = field(default_factory=TextSignals)
@@ -63,8 +65,8 @@ class View:
         """Tokens of this segment that ``keep`` means, at least 1.
 
         A fraction is one ``of`` that many tokens (None: of those that arrive here). A number is meant for the whole
-        image, whose segments share it in proportion to their size. Raises :class:`TrimError` for more tokens than there
-        are, and for fewer than one a segment.
+        image, at most, whose segments share it in proportion to their size. Raises :class:`TrimError` for fewer than
+        one a segment.
         """
         of = self.features.shape[1] if of is None else of
         if isinstance(keep, float) or self.whole is None:
@@ -127,6 +129,8 @@ class Keep:
 
     marked: Bool[Tensor, "batch kept"] | None = None
     """Outputs that later steps see as marked, besides those that are already; None: no more."""
+    noted: Float[Tensor, "batch kept"] | None = None
+    """A number of each output that later steps see, in place of what was noted before; None: that stays."""
     lattice: tuple[int, int, int] | None = None
     """(frames, rows, columns) that the outputs form in raster order (encoder layers only); None: no such box."""
 

@@ -11,7 +11,7 @@ A cache knows lengths and which of its keys are padding; it knows nothing of ima
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.engine.upstream import CACHE_TENSORS, QUANTIZED, Cache, DynamicLayer, DynamicSlidingWindowLayer
+from visiontrim.engine.upstream import (
+    CACHE_TENSORS,
+    QUANTIZED,
+    SHARED,
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+    given_cache,
+    holds_tokens,
+)
 
 
 @dataclass
@@ -66,6 +77,8 @@ class Trimmed(_Base):
         """Valid keys up to ``trimmed_to``, the first ``removed`` columns being meaningless; None: all are valid."""
         self.shift: Int[Tensor, " batch"] | None = None
         """What to subtract from logical position ids (``positions="compact"``)."""
+        self.plain = False
+        """No padding, no shift, and all layers lack the same: a step needs length and mask sizes alone."""
         self.glanced: Glanced | None = None
         """What steps of decoding have to know of each other (:mod:`.decoding`); None: they need nothing."""
 
@@ -164,8 +177,62 @@ class Trimmed(_Base):
         self.glanced = None if self.glanced is None else self.glanced.rows(function)
 
 
+def plain_step(arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward with these ``arguments`` is one token on a cache that lacks the same in all layers, no padding.
+
+    Such a step needs no help: what the cache says of its length and of the sizes of masks is enough.
+    """
+    cache = given_cache(arguments)
+    if cache is None or arguments.get("labels") is not None:
+        return False
+    layer: Any = cache.layers[0] if cache.layers else None
+    if not isinstance(layer, Trimmed) or not layer.plain:
+        return False
+    if arguments.get("attention_mask") is not None and not isinstance(layer, StaticLayer):
+        return False  # of a static cache, generate() has made it by what the layers say of themselves
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    return tokens is not None and tokens.shape[1] == 1
+
+
 class TrimmedLayer(Trimmed, DynamicLayer):
     """One layer's keys and values [batch, heads, tokens, head_dim], with tokens missing from the conversation."""
+
+
+class TrimmedStaticLayer(Trimmed, StaticLayer):
+    """One layer's keys and values [batch, heads, allocated, head_dim], of which tokens are missing.
+
+    :func:`reserve` has made the allocation smaller where that was still possible.
+    """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, self.removed
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len + self.removed
+
+    def reset(self) -> None:
+        self.max_cache_len += self.unreserved
+        self.cumulative_length = torch.zeros_like(self.cumulative_length)
+        super().reset()
+
+    @property
+    def unreserved(self) -> int:
+        """Tokens by which :func:`reserve` has made the allocation smaller."""
+        return getattr(self, "_unreserved", 0)
+
+
+def static(cache: Cache | None) -> bool:
+    """Whether ``cache`` allocates all of its length at once."""
+    return cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+
+
+def reserve(cache: Cache, fewer: int) -> None:
+    """Let the layers of a static ``cache`` that hold nothing yet allocate ``fewer`` tokens; a negative number: more."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            layer.max_cache_len -= fewer
+            layer._unreserved = getattr(layer, "_unreserved", 0) + fewer
 
 
 @functools.cache
@@ -175,18 +242,30 @@ def trimmed_class(kind: type) -> Any:
         return kind
     if kind in (DynamicLayer, DynamicSlidingWindowLayer):
         return TrimmedLayer
+    if kind is StaticLayer:
+        return TrimmedStaticLayer
     return type(f"Trimmed{kind.__name__}", (Trimmed, kind), {"__module__": __name__})
 
 
 def can_lack(layer: Any) -> bool:
     """Whether a layer of a cache can hold fewer tokens than the conversation has."""
-    return isinstance(layer, Trimmed | QUANTIZED) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    kinds = DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+    return isinstance(layer, Trimmed | QUANTIZED) or type(layer) in kinds
 
 
-def check_cache(cache: Cache | None) -> None:
-    """Raise :class:`TrimError` unless every layer of ``cache`` can hold its own number of tokens."""
+def check_cache(cache: Cache | None, even: bool) -> None:
+    """Raise :class:`TrimError` unless every layer of ``cache`` can hold the tokens that it is left.
+
+    ``even``: all layers are left the same, at their own positions.
+    """
     for index, layer in enumerate(cache.layers if cache is not None else ()):
-        if not can_lack(layer):
+        if isinstance(layer, StaticLayer) and not even:
+            raise TrimError(
+                f"layer {index} of the cache is a {type(layer).__name__}, whose steps cannot know of tokens that go "
+                "between decoder layers or move: use the method's vision stage alone with positions='keep', or a "
+                "DynamicCache (cache_implementation=None or 'dynamic')"
+            )
+        if not can_lack(layer) and type(layer) not in (LinearAttentionLayer, *SHARED):
             raise TrimError(
                 f"layer {index} of the cache is a {type(layer).__name__}, which cannot hold fewer tokens than the "
                 "other layers: use a DynamicCache (cache_implementation=None or 'dynamic')"
@@ -210,19 +289,24 @@ def trimmed_layer(cache: Cache | None, index: int) -> Trimmed | None:
 
 
 def chunk_mask(
-    cache: Cache | None, index: int, past_mask: Tensor | None, past: int, valid: Bool[Tensor, "batch left"]
-) -> Bool[Tensor, "batch keys"]:
-    """Key mask of layer ``index`` for a chunk of which only some tokens are left.
+    cache: Cache | None,
+    index: int,
+    past_mask: Tensor | None,
+    past: int,
+    valid: Bool[Tensor, "batch left"] | None,
+    left: int,
+) -> Bool[Tensor, "batch keys"] | None:
+    """Key mask of layer ``index`` for a chunk of which only ``left`` tokens are left; None when all keys are valid.
 
     ``past_mask`` is the logical mask [batch, past] of what came before (None: no padding), ``valid`` says which of the
-    tokens left are no padding.
+    tokens left are no padding (None: none of them is).
     """
     layer = trimmed_layer(cache, index)
     if layer is not None:
         past_mask = layer.logical_mask(past_mask, past)
-    if past_mask is None:
-        past_mask = valid.new_ones(valid.shape[0], past)
-    return torch.cat([past_mask.bool(), valid], dim=1)
+    if valid is None:
+        return None if past_mask is None else F.pad(past_mask.bool(), (0, left), value=True)
+    return F.pad(valid, (past, 0), value=True) if past_mask is None else torch.cat([past_mask.bool(), valid], dim=1)
 
 
 def make_trimmed(cache: Cache, index: int) -> Trimmed:
@@ -237,10 +321,12 @@ def make_trimmed(cache: Cache, index: int) -> Trimmed:
 
 
 def physical_length(cache: Cache, index: int) -> int:
-    """Tokens that layer ``index`` really holds."""
+    """Tokens that layer ``index`` really holds, or has room for if it is static."""
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
-    if layer is None or getattr(layer, "is_initialized", False) is False:
+    if layer is None or not holds_tokens(layer) or getattr(layer, "is_initialized", False) is False:
         return 0
+    if isinstance(layer, StaticLayer):
+        return layer.max_cache_len  # what is allocated: how much of it is in use is on the device
     if isinstance(layer, DynamicLayer) and not isinstance(layer, QUANTIZED):
         return layer.keys.shape[-2]  # pyright: ignore[reportOptionalMemberAccess]  # a sliding window forgets
     return layer.held if isinstance(layer, Trimmed) else layer.get_seq_length()

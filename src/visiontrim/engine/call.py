@@ -5,7 +5,7 @@ It knows ids, images and what the vision encoder showed of them; it knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from visiontrim.core.signals import Key
 from visiontrim.engine.groups import Group, Placed
 from visiontrim.engine.inside import Inside
+from visiontrim.engine.segment import Ahead
 from visiontrim.engine.upstream import Cache
 from visiontrim.models.family import Arguments, Kind
 
@@ -58,6 +59,23 @@ class Encoding:
         return self.inside if self.inside is not None and self.inside.merged else None
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What ids and mask of a prompt hold, on the host: read in one look, before anything waits on the device."""
+
+    rows: int
+    tokens: int
+    """Of every row, padding included."""
+    placeholders: Mapping[Kind, list[int]]
+    """Of each row."""
+    valid: list[int] | None
+    """Tokens of each row that are no padding; None: there was no mask."""
+
+    def covers(self, ids: Int[Tensor, "rows tokens"]) -> bool:
+        """Whether ``ids`` can be those that were looked at, or these with each row repeated."""
+        return ids.shape[1] == self.tokens and len(ids) % self.rows == 0
+
+
 @dataclass
 class Call:
     """What one generate() or one bare forward has shown so far."""
@@ -86,6 +104,10 @@ class Call:
     """Whether its images have passed through the language model."""
     passes: int = 0
     """Passes through the text model in the forward in progress."""
+    counted: Counted | None = None
+    """What :attr:`input_ids` hold; None: nobody looked."""
+    ahead: Ahead = field(default_factory=Ahead)
+    """What steps of decoding leave for each other."""
     checked: Cache | None = None
     """The cache that was found fit to lack tokens."""
     alone: bool = False

@@ -5,11 +5,12 @@ It knows who is inside the model at the moment; it knows nothing of hooks and me
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,18 +75,28 @@ class Context:
             self._inside -= 1
             self._idle.notify_all()
 
-    def wait(self) -> None:
-        """Wait until no call is in progress in any thread.
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Wait until no call is in progress in any thread; none begins inside.
 
         Raises :class:`TrimError` within a call, which would wait for itself.
         """
-        if self.call is not None:
-            raise TrimError(
-                "the run cannot be left from within a call of its model (by a streamer, a stopping criterion, a hook), "
-                "whose next step would not know what its cache lacks: leave it when the call has returned"
-            )
+        while (call := self.call) is not None:
+            if _runs(call):
+                raise TrimError(
+                    "the run cannot be left from within a call of its model (by a streamer, a stopping criterion, a "
+                    "hook), whose next step would not know what its cache lacks: leave it when the call has returned"
+                )
+            self.end()  # Ctrl-C left it no time to say that it is over
         with self._idle:
             self._idle.wait_for(lambda: not self._inside)
+            yield
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TrimError(
+            f"a {type(self._model).__name__} with an open run cannot be copied or pickled, for its copy would have the "
+            "hooks of the run: leave the run first, or take its state_dict() or save_pretrained()"
+        )
 
     @contextmanager
     def choosing(self) -> Iterator[Exact]:
@@ -109,6 +120,18 @@ class Context:
 
     def _as_weights(self, features: Tensor) -> Tensor:
         return features.to(self._model.dtype)
+
+
+def _runs(call: Call) -> bool:
+    """Whether ``call`` is in progress in this thread: generate() always says when it is over, a forward may not."""
+    if call.owner is None:
+        return True
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is call.owner:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _as_it_is(features: Tensor) -> Tensor:

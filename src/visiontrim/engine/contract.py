@@ -23,6 +23,7 @@ from visiontrim.engine.upstream import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    StaticLayer,
     Upstream,
     given_cache,
     parameters,
@@ -43,7 +44,7 @@ ARGUMENTS: dict[str, tuple[Name, ...]] = {
 """Arguments of forwards, and of the functions that make masks. The core holds encoder and text model, the model the
 language model's head. Of decoder layers they are relied on where a run changes what these get."""
 MEMBERS: dict[str, tuple[str, ...]] = {
-    "text model": ("layers", "config", "rotary_emb"),
+    "text model": ("layers", "config"),
     "core": ("get_image_features",),
     "model": ("model", "generate"),
     "cache": ("layers", "get_seq_length", "get_mask_sizes"),
@@ -59,7 +60,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "lazy_initialization",
     ),
 }
-"""Attributes and methods; the text model itself is where the family says. Of a dynamic cache's layers what :class:`Trimmed` overrides or calls."""
+"""Attributes and methods; the text model itself is where the family says. Of a dynamic cache's layers what
+:class:`Trimmed` overrides or calls."""
 OUTPUTS: dict[str, tuple[Name, ...]] = {
     "text model": ("last_hidden_state", CACHE_NAMES),
     "get_image_features": ("pooler_output",),
@@ -194,5 +196,5 @@ def _fields(output: Any) -> Iterator[str]:
 def _lengths(cache: Cache) -> Iterator[tuple[int, int]]:
     """(layer, tokens that it holds) of the layers that hold everything since the conversation began."""
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, Trimmed) or type(layer) is DynamicLayer:
+        if (isinstance(layer, Trimmed) and not isinstance(layer, StaticLayer)) or type(layer) is DynamicLayer:
             yield index, physical_length(cache, index)

@@ -26,8 +26,9 @@ from visiontrim.core.method import Decoding, Step
 from visiontrim.core.view import Glance
 from visiontrim.engine.cache import Glanced, Trimmed, make_trimmed, physical_length, trimmed_layer
 from visiontrim.engine.context import Context
-from visiontrim.engine.forward import Forward, Prefill, Segment
+from visiontrim.engine.forward import Forward, Prefill
 from visiontrim.engine.pack import gather, pack_left
+from visiontrim.engine.segment import Segment
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
 

@@ -167,6 +167,7 @@ class EncoderStage:
             whole=part.whole,
             before=part.before,
             marked=merging.now.marked,
+            noted=merging.now.noted,
             encoder=EncoderSignals(seen, mass=merging.mass, unit=inside.unit, **box),
         )
 

@@ -80,7 +80,7 @@ class Entrance:
         clock: Clock | None = None,
     ) -> None:
         self._family = family = family_of(unwrapped(core))
-        self.sites = sites = Sites.of(family, method)
+        self.sites = sites = Sites.of(family, method, between=False)
         """Where its steps stand."""
         if sites.language or method.decoding is not None:
             inside = min(sites.language, default=method.decoding and method.decoding.layer)

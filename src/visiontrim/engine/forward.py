@@ -5,6 +5,7 @@ It knows which tokens of the chunk are left and what layers showed of them; it c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from visiontrim.core.errors import TrimError
 from visiontrim.engine.call import Call
 from visiontrim.engine.groups import Group
 from visiontrim.engine.pack import gather, pack_left
+from visiontrim.engine.segment import Ahead, Segment
 from visiontrim.engine.upstream import Cache
 
 
@@ -31,6 +33,15 @@ class Alive:
     """For every group the places, in this batch, of its images' tokens."""
     marks: list[Int[Tensor, "images marks"]]
     """The same for tokens without a place on the grid."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of every row that are no padding, on the host; None: only the device knows."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row has padding."""
+        if self.lengths is None:
+            return not bool(self.valid.all())
+        return min(self.lengths) < self.width
 
     @property
     def width(self) -> int:
@@ -38,18 +49,40 @@ class Alive:
         return self.origin.shape[1]
 
     def narrowed(
-        self, keep: Bool[Tensor, "batch tokens"], columns: list[Tensor], marks: list[Tensor], rows: list[Tensor]
+        self,
+        keep: Bool[Tensor, "batch tokens"],
+        columns: list[Tensor],
+        marks: list[Tensor],
+        rows: list[Tensor],
+        numbers: Sequence[Sequence[int]],
     ) -> tuple[Int[Tensor, "batch kept"], Alive]:
-        """Drop what ``keep`` does not say; ``columns`` and ``marks`` are the old places of what survives of images."""
+        """Drop what ``keep`` does not say; ``columns`` and ``marks`` are the old places of what survives of images.
+
+        ``rows``, and ``numbers`` on the host, are the batch rows of each group's images.
+        """
         keep = keep & self.valid
-        index, valid = pack_left(keep)
+        lengths = self._lengths(columns, marks, numbers)
+        index, valid = pack_left(keep, None if lengths is None else max(lengths))
         if not index.shape[1]:
             raise TrimError("the prompt consists of images alone, and none of their tokens would be left: add text")
         place = keep.cumsum(1) - 1 + (index.shape[1] - keep.sum(1, keepdim=True))
         columns, marks = (
             [place[row[:, None], old] for row, old in zip(rows, group, strict=True)] for group in (columns, marks)
         )
-        return index, Alive(gather(self.origin, index), valid, columns, marks)
+        return index, Alive(gather(self.origin, index), valid, columns, marks, lengths)
+
+    def _lengths(
+        self, columns: list[Tensor], marks: list[Tensor], numbers: Sequence[Sequence[int]]
+    ) -> tuple[int, ...] | None:
+        """Tokens of every row once only ``columns`` and ``marks`` are left of images, which are of rows ``numbers``."""
+        if self.lengths is None:
+            return None
+        lengths = list(self.lengths)
+        for before, after in ((self.columns, columns), (self.marks, marks)):
+            for old, new, rows in zip(before, after, numbers, strict=True):
+                for row in rows:
+                    lengths[row] -= old.shape[1] - new.shape[1]
+        return tuple(lengths)
 
     def within(self, earlier: Alive, length: int) -> Int[Tensor, "batch tokens"]:
         """Places in ``earlier``, a batch of the same chunk of ``length`` tokens, of those that are still there."""
@@ -81,7 +114,9 @@ class Heard:
     """What the language model showed on the way, for the next step to see (:mod:`.hearing`)."""
 
     passed: Attended | None = None
-    """The layer just passed."""
+    """The layer just passed; where that has no attention, the layer to come."""
+    of: int = 0
+    """Which decoder layer ``passed`` is of."""
     coming: Attended | None = None
     """The layer to come."""
     ahead: bool = False
@@ -90,8 +125,12 @@ class Heard:
     """Hidden states [batch, width, dim] that entered the layer just passed."""
     normed: Tensor | None = None
     """Hidden states [batch, width, dim] after the final norm."""
+    values: Tensor | None = None
+    """What the attention of the layer just passed averages, [batch, key-value heads, keys, dim]."""
     rotary: Tensor | None = None
     """Cosines and sines [batch, width, 2 dim]."""
+    mean_rotary: Tensor | None = None
+    """Their means over dimensions [batch, width, 2]."""
     embeddings: Tensor | None = None
     """Input embeddings [batch, length, dim] of the uncompressed chunk."""
 
@@ -122,20 +161,6 @@ class Repeated:
 
 
 @dataclass
-class Segment:
-    """What the decoder layers from one place on have in common."""
-
-    key_mask: Bool[Tensor, "batch keys"] | None
-    """Keys that may be seen, in logical columns; None: all."""
-    places: Int[Tensor, "batch tokens"] | None = None
-    """Which of the tokens that the text model got each token is; None: all of them, in order."""
-    masks: dict[str, Any] = field(default_factory=dict)
-    """Attention masks made so far, by type of layer."""
-    rotary: tuple[Any, tuple[Tensor, ...]] | None = None
-    """The cosines and sines made last, after what they were made of."""
-
-
-@dataclass
 class Forward:
     """One pass through the language model on a cache that lacks tokens."""
 
@@ -150,6 +175,8 @@ class Forward:
     """Logical position ids of the chunk, [batch or 1, length] or [channels, batch, length]."""
     segment: Segment | None = None
     """What decoder layers get from here on; None: the model's own keyword arguments."""
+    ahead: Ahead | None = None
+    """What steps of one generate() leave for each other; None: this is none of them."""
     answers: bool = False
     """Whether it is a step of decoding that sees a part of the cache."""
     passed: Attended | None = None
@@ -181,6 +208,8 @@ class Prefill(Forward):
     whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
     """For every group the places, in the uncompressed chunk, of all of its tokens."""
     removals: list[Removal] = field(default_factory=list)
+    reserved: int = 0
+    """Tokens for which a static cache makes no room."""
     repeated: Repeated | None = None
     """How attention sees merged tokens; None: as they are."""
     heard: Heard = field(default_factory=Heard)
@@ -189,6 +218,10 @@ class Prefill(Forward):
     def attended(self) -> Alive:
         """What attention sees and caches of the chunk."""
         return self.alive if self.repeated is None else self.repeated.alive
+
+    def alive_in(self, layer: int) -> Alive | None:
+        """The tokens that decoder layer ``layer`` gets; None: all."""
+        return next((removal.alive for removal in reversed(self.removals) if removal.start <= layer), None)
 
     def widths(self, layers: int) -> tuple[int, ...]:
         """Tokens of every row that each of ``layers`` decoder layers processes, padding included."""

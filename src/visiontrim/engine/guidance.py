@@ -32,6 +32,8 @@ class Questions:
 
     @asked.setter
     def asked(self, asked: str | Sequence[str] | None) -> None:
+        if not isinstance(asked, str | Sequence | None):
+            raise TrimError(f"question={asked!r} is no text: give a string, or a list with one for each row")
         questions = (asked,) if isinstance(asked, str) else tuple(asked or ())
         for number, question in enumerate(questions):
             if not isinstance(question, str) or not question.strip():

@@ -26,12 +26,12 @@ from visiontrim.engine.contract import check_heard
 from visiontrim.engine.forward import Attended, Prefill
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.signals import check_needs
-from visiontrim.engine.upstream import Cache
+from visiontrim.engine.upstream import Cache, Upstream
 from visiontrim.models.family import Family
 from visiontrim.ops.attention import attention_rows
 
-_OF_THE_LAYER_PASSED = {"last_attention", "text_attention", "queries", "keys"}
-_TWO_SIDED = ("normed", "queries", "keys", "rotary")
+_OF_THE_LAYER_PASSED = {"last_attention", "text_attention", "queries", "keys", "values"}
+_TWO_SIDED = ("normed", "queries", "keys", "values", "rotary")
 _GIVEN = {DecoderSignals.spelled(name) for name in DecoderSignals.names} | {"text.question"}
 
 ROWS = 64
@@ -45,13 +45,24 @@ class _Heard(Exception):  # noqa: N818  # no error: it ends a look ahead
 class Hearing:
     """Listens to the decoder layers around the steps, and keeps what their views will show."""
 
-    def __init__(self, family: Family, steps: Mapping[int, Step], decoding: Decoding | None, context: Context) -> None:
+    def __init__(
+        self,
+        family: Family,
+        upstream: Upstream,
+        steps: Mapping[int, Step],
+        decoding: Decoding | None,
+        context: Context,
+    ) -> None:
         self._family = family
         self._before_answers = set() if decoding is None else {decoding.layer - 1}
         self._context = context
         self._needs = {layer: DecoderSignals.among(step.needs) for layer, step in steps.items()}
-        self._passed = {layer - 1 for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
-        self._coming = {layer for layer, needs in self._needs.items() if "next_attention" in needs}
+        asked = {layer for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
+        self._instead = {layer for layer in asked if layer - 1 in upstream.recurrent}
+        """Decoder layers that show what the layer before, which has no attention, cannot."""
+        self._passed = {layer - 1 for layer in asked - self._instead}
+        self._of_values = {layer - 1 for layer, needs in self._needs.items() if "values" in needs}
+        self._coming = self._instead | {layer for layer, needs in self._needs.items() if "next_attention" in needs}
         self.remembers = {layer - 1 for layer, needs in self._needs.items() if "previous" in needs}
         """Decoder layers whose input is kept."""
         for step in steps.values():
@@ -60,7 +71,11 @@ class Hearing:
     def attach(self) -> list[AttentionProbe]:
         """Install the probes and return what removes them again."""
         return [
-            AttentionProbe(self._family.decoder_attention(layer), functools.partial(self._hear, layer))
+            AttentionProbe(
+                self._family.decoder_attention(layer),
+                functools.partial(self._hear, layer),
+                self._hear_values if layer in self._of_values else None,
+            )
             for layer in sorted(self._passed | self._coming | self._before_answers)
         ]
 
@@ -75,6 +90,11 @@ class Hearing:
             raise _Heard
         if layer in self._passed:
             prefill.heard.passed = Attended(query, key, scaling)
+
+    def _hear_values(self, value: Tensor) -> None:
+        prefill = self._context.forward
+        if isinstance(prefill, Prefill) and not prefill.heard.ahead:
+            prefill.heard.values = value
 
     def enter(self, prefill: Prefill, embeds: Float[Tensor, "batch length dim"]) -> None:
         """Keep the input embeddings if a step will ask for them."""
@@ -101,11 +121,18 @@ class Hearing:
             prefill.heard.normed = self._family.final_norm(hidden)
         if "rotary" in needs:
             prefill.heard.rotary = _cosines_and_sines(kwargs.get("position_embeddings"), layer)
+        if "mean_rotary" in needs:
+            prefill.heard.mean_rotary = _mean_rotary(kwargs.get("position_embeddings"), layer)
         if layer - 1 in self._passed:
             check_heard(prefill.heard.passed is not None, f"the attention of decoder layer {layer - 1}")
-        if "next_attention" in needs:
+        if layer in self._coming:
             self._look_ahead(prefill, layer, args, kwargs)
             check_heard(prefill.heard.coming is not None, f"the attention of decoder layer {layer}")
+        if layer in self._instead:
+            prefill.heard.passed = prefill.heard.coming
+            prefill.heard.of = layer
+        else:
+            prefill.heard.of = layer - 1
 
     def _look_ahead(self, prefill: Prefill, layer: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Let ``layer`` run up to its attention, which shows the queries and keys that it is about to compute.
@@ -136,6 +163,13 @@ def _cosines_and_sines(rotary: Any, layer: int) -> Float[Tensor, "batch width di
     if not isinstance(rotary, tuple) or len(rotary) != 2 or rotary[0].ndim != 3:
         raise TrimError(f"decoder layer {layer} has no plain rotary position encoding, which this method corrects for")
     return torch.cat(rotary, -1)
+
+
+def _mean_rotary(rotary: Any, layer: int) -> Float[Tensor, "batch width 2"]:
+    if not isinstance(rotary, tuple) or len(rotary) != 2:
+        raise TrimError(f"decoder layer {layer} has no rotary position encoding, by which this method chooses")
+    means = torch.stack([part.float().mean(-1) for part in rotary], -1)
+    return means.mean(0) if means.ndim == 4 else means  # some releases give the axes of mRoPE one by one
 
 
 def _heads_first(values: Tensor) -> Tensor:
@@ -197,15 +231,17 @@ class Asked:
     def _chunk_wide(self) -> dict[str, Tensor]:
         """Signals as [batch, width, ...] over all tokens of the chunk that are left."""
         heard, width = self._prefill.heard, self._hidden.shape[1]
-        wide = {"previous": heard.previous, "normed": heard.normed, "rotary": heard.rotary}
-        if wide["rotary"] is not None:
-            wide["rotary"] = wide["rotary"].expand(len(self._hidden), -1, -1)
+        wide = {"previous": heard.previous, "normed": heard.normed}
+        for name, rotary in (("rotary", heard.rotary), ("mean_rotary", heard.mean_rotary)):
+            wide[name] = None if rotary is None else rotary.expand(len(self._hidden), -1, -1)
+        if heard.values is not None:
+            wide["values"] = heard.values[:, :, -width:].transpose(1, 2)
         if heard.passed is not None:
             query, key, scaling = heard.passed
             wide["keys"] = key[:, :, -width:].transpose(1, 2)
             wide["queries"] = query.transpose(1, 2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         for name, attended, layer in (
-            ("last_attention", heard.passed, self._layer - 1),
+            ("last_attention", heard.passed, heard.of),
             ("next_attention", heard.coming, self._layer),
         ):
             if attended is not None and name in self._needs:
@@ -221,9 +257,11 @@ class Asked:
     ) -> Float[Tensor, "rows heads places keys"]:
         """Attention, in decoder layer ``layer``, from ``places`` of the batch's ``rows`` to all keys."""
         prefill, (query, key, scaling) = self._prefill, attended
-        mask = chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, prefill.alive.valid)
-        mask = mask[:, -key.shape[2] :]  # a cache that lacks tokens lacks its first columns
-        return attention_rows(query[rows], key[rows], places, scaling=scaling, causal=True, key_mask=mask[rows])
+        alive = prefill.alive
+        valid = alive.valid if alive.padded else None
+        mask = chunk_mask(prefill.cache, layer, prefill.past_mask, prefill.past, valid, alive.width)
+        mask = None if mask is None else mask[rows, -key.shape[2] :]  # a cache that lacks tokens lacks first columns
+        return attention_rows(query[rows], key[rows], places, scaling=scaling, causal=True, key_mask=mask)
 
     def _text_attention(
         self, rows: Int[Tensor, " images"], column: Int[Tensor, "images kept"], start: int
@@ -233,7 +271,7 @@ class Asked:
         places = torch.arange(start, width, device=column.device).expand(len(rows), -1)
         parts = []
         for some in places.split(ROWS, 1):
-            attention = self._attention(attended, self._layer - 1, some, rows)[..., -width:]
+            attention = self._attention(attended, self._prefill.heard.of, some, rows)[..., -width:]
             index = column[:, None, None].expand(-1, *attention.shape[1:3], -1)
             parts.append(attention.gather(3, index))
         return torch.cat(parts, 2)

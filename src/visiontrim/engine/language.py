@@ -9,7 +9,7 @@ the rooms below, and how images were encoded, in none of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from visiontrim.engine.cache import (
     check_cache,
     check_window,
     physical_length,
+    plain_step,
+    reserve,
+    static,
     trimmed_layer,
 )
 from visiontrim.engine.call import Call
@@ -33,11 +36,12 @@ from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.removals import expected_lengths, note_removals
 from visiontrim.engine.replaced import Replaced
+from visiontrim.engine.rows import claim_row_ends
 from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
-from visiontrim.engine.upstream import Cache, Upstream, given_cache
+from visiontrim.engine.upstream import Cache, Upstream, given_cache, holds_tokens, recomputes
 from visiontrim.models.family import Family
 
 
@@ -50,7 +54,7 @@ class LanguageStage:
         steps: Mapping[int, Step],
         decoding: Decoding | None,
         positions: Positions,
-        narrow: bool,
+        narrow: bool | Literal["all"],
         upstream: Upstream,
         context: Context,
     ) -> None:
@@ -62,10 +66,17 @@ class LanguageStage:
         self._members = Members(family, context) if positions == "members" else None
         self._segments = Segments(self._upstream, self._compact, self._members)
         self._unmerging = Unmerging(family, self._upstream, steps, context) if positions == "unmerged" else None
-        self._narrow_from = min(steps, default=len(self._model.layers)) if narrow else len(self._model.layers)
+        self._narrow_from = len(self._model.layers)
+        if narrow and steps:
+            self._narrow_from = 0 if narrow == "all" else min(steps)
         """The decoder layer from which on only what the last stage left stays cached."""
+        alone = not steps and decoding is None and not family.bidirectional
+        self.quiet = alone and positions in ("keep", "compact")
+        """Whether a plain step of decoding (:func:`visiontrim.engine.cache.plain_step`) needs nothing of the run."""
+        self._even = alone and positions == "keep"
+        """Whether all layers are left the same tokens, at their own positions."""
         self._context = context
-        self._hearing = Hearing(family, steps, decoding, context)
+        self._hearing = Hearing(family, upstream, steps, decoding, context)
         self._decoding = DecodingStage(family, decoding, steps, context) if decoding is not None else None
 
     def attach(self) -> list:
@@ -98,7 +109,7 @@ class LanguageStage:
         call, cache, mask = self._context.call, given_cache(kwargs), kwargs.get("attention_mask")
         if call is None:
             return None
-        call.mask, first = mask, trimmed_layer(cache, 0)
+        call.mask, first = mask, trimmed_layer(cache, self._upstream.holding(0))
         if cache is None or first is None:
             return None
         self._check_plain(mask)
@@ -110,6 +121,8 @@ class LanguageStage:
             raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
 
     def _enter(self, module, args, kwargs):
+        if self.quiet and plain_step(kwargs):
+            return None
         call, cache = self._context.call, given_cache(kwargs)
         if kwargs.get("inputs_embeds") is None:  # the text model, called by itself
             return None
@@ -117,6 +130,8 @@ class LanguageStage:
             call.passes += 1
         call = call if call is not None and call.carries_vision else None
         use_cache = self._model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        if use_cache and call is not None and recomputes(self._model):
+            use_cache = kwargs["use_cache"] = False
         if call is not None and cache is None and use_cache:
             cache = kwargs[self._upstream.cache_name] = self._upstream.new_cache()
         trimmed = cache is not None and any(trimmed_layer(cache, index) for index in range(len(cache.layers)))
@@ -126,7 +141,7 @@ class LanguageStage:
         forward = self._context.forward = self._forward(call, cache, kwargs)
         if self._decoding is not None:
             self._decoding.enter(forward)
-        first = trimmed_layer(cache, 0)
+        first = trimmed_layer(cache, self._upstream.holding(0))
         if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
             self._prune_at_seam(forward, kwargs)
         elif first is not None:
@@ -142,17 +157,19 @@ class LanguageStage:
         if call is not None and cache is not None and call.checked is cache:
             return
         self._check_stages(cache)
-        check_cache(cache)
+        check_cache(cache, self._even)
         if call is not None:
             call.checked = cache
 
     def _check_stages(self, cache: Cache | None) -> None:
         """Refuse a cache that lost tokens where no stage of this run begins: one mask serves a whole stage."""
-        before = 0
+        before, first = 0, self._upstream.holding(0)
         for index in range(len(self._model.layers)):
+            if cache is None or index >= len(cache.layers) or not holds_tokens(cache.layers[index]):
+                continue
             layer = trimmed_layer(cache, index)
             removed = 0 if layer is None else layer.removed
-            if removed != before and index not in self._steps and index:
+            if removed != before and index not in self._steps and index != first:
                 raise TrimError(
                     f"decoder layer {index} of the cache lacks {removed} tokens and the one before it {before}, but no "
                     "stage of this run stands between them: continue the conversation with the method that began it"
@@ -163,7 +180,9 @@ class LanguageStage:
         """The state of a pass, once it is clear that it can work."""
         embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
         batch, length = embeds.shape[:2]
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if cache is not None and static(cache):
+            mask = _padding(mask, past - getattr(cache.layers[0], "removed", 0), length)
         if self._family.bidirectional and self._context.call is not None:
             mask = self._context.call.mask
         self._check_plain(mask)
@@ -172,15 +191,27 @@ class LanguageStage:
         if self._compact and positions.ndim != 2:
             raise TrimError(f"positions='compact' needs one position per token, not {len(positions)}: use 'keep'")
         if call is None:
-            return Forward(cache, mask, length, past, positions)
+            within = self._context.call
+            shared = within is not None and within.owner is None and self._decoding is None
+            return Forward(cache, mask, length, past, positions, ahead=within.ahead if shared else None)
         origin = torch.arange(length, device=embeds.device).expand(batch, -1)
         valid = torch.ones_like(origin, dtype=torch.bool) if mask is None else mask[:, -length:].bool()
-        alive = Alive(origin, valid, [], [])
+        alive = Alive(origin, valid, [], [], self._lengths(call, batch, length, mask))
         held = tuple(0 if cache is None else physical_length(cache, n) for n in range(len(self._model.layers)))
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid, held=held)
         place_groups(prefill, self._family)
+        claim_row_ends(prefill, self._family)
         self._hearing.enter(prefill, embeds)
         return prefill
+
+    def _lengths(self, call: Call, batch: int, length: int, mask: Tensor | None) -> tuple[int, ...] | None:
+        """Tokens of every row that are no padding; None if only the device knows."""
+        if mask is None:
+            return (length,) * batch
+        there = call.counted
+        if there is None or there.valid is None or not there.covers(call.forward_ids) or there.tokens != length:
+            return None
+        return tuple(valid for valid in there.valid for _ in range(batch // there.rows))
 
     def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
         check_window(prefill.cache, prefill.past + prefill.length)
@@ -195,16 +226,38 @@ class LanguageStage:
         ]
         prefill.entered = columns
         image = self._family.placeholders(prefill.call.forward_ids)
-        index = self._segments.narrow(prefill, 0, ~(image & is_empty_slot(embeds)), columns, marks)
+        keep = ~(image & is_empty_slot(embeds))
+        for rows, all_marks, staying in zip(prefill.rows, prefill.alive.marks, marks, strict=True):
+            keep[rows[:, None], all_marks[:, staying.shape[1] :]] = False  # some are text
+        index = self._segments.narrow(prefill, 0, keep, columns, marks)
         kwargs["inputs_embeds"] = gather(embeds, index)
+        if static(prefill.cache):
+            self._reserve(prefill)
         if self._unmerging is not None:
             prefill.repeated = self._unmerging.repeated(prefill, embeds)
         kwargs["position_ids"] = self._segments.positions(prefill, 0)
+        if kwargs.get("per_layer_inputs") is not None:
+            kwargs["per_layer_inputs"] = gather(kwargs["per_layer_inputs"], index)
         if self._family.bidirectional:
             alive = prefill.alive
             kwargs["attention_mask"] = narrowed_mask(kwargs.get("attention_mask"), alive.origin, alive.valid)
         else:
-            kwargs["attention_mask"] = self._segments.key_mask(prefill, 0)
+            mask = self._segments.key_mask(prefill, 0)
+            if mask is None and prefill.cache is None:  # gaps in position_ids would look like packed sequences
+                mask = prefill.alive.valid
+            kwargs["attention_mask"] = mask
+
+    def _reserve(self, prefill: Prefill) -> None:
+        """A static cache gets room for what is left of the chunk. Its steps of decoding know of no padding."""
+        assert prefill.cache is not None
+        if prefill.mask is not None or prefill.alive.padded:
+            raise TrimError(
+                f"rows of {', '.join(map(str, prefill.alive.lengths or ()))} tokens are left of this batch, but a "
+                "static cache that lacks tokens has no place for padding: use cache_implementation='dynamic', or rows "
+                "of equal length"
+            )
+        prefill.reserved = prefill.length - prefill.alive.width
+        reserve(prefill.cache, prefill.reserved)
 
     def _add_features(self, add: Callable, hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
         """DeepStack: ``features`` are added to the tokens at ``places`` [batch, length], now to those that are left."""
@@ -250,15 +303,22 @@ class LanguageStage:
                 )
                 forward.heard = Heard(embeddings=forward.heard.embeddings)
             if columns is not None:
+                check_window(forward.cache, forward.past + forward.length)
                 index = self._segments.narrow(forward, layer, keep, columns, marks)
                 hidden = gather(hidden, index)
         self._segments.begin(forward, layer, index)
         return hidden
 
     def _leave(self, module, args, kwargs, output):
+        if self.quiet and plain_step(kwargs):
+            return None
         prefill: Forward | None = self._context.forward
         self._context.forward = None
-        if not isinstance(prefill, Prefill) or output is None:  # None: the forward raised
+        if not isinstance(prefill, Prefill):
+            return None
+        if output is None:  # the forward raised
+            if prefill.cache is not None and prefill.reserved:
+                reserve(prefill.cache, -prefill.reserved)
             return None
         layers = len(self._model.layers)
         note_removals(prefill, layers, self._narrow_from, self._compact)
@@ -270,8 +330,27 @@ class LanguageStage:
         if not prefill.removals:
             return None
         alive, labels = prefill.alive, prefill.call.labels
-        output["last_hidden_state"] = unpack(output.last_hidden_state, alive.origin, alive.valid, prefill.length)
+        output["last_hidden_state"] = _whole(prefill, output.last_hidden_state, layers)
+        if (states := output.get("hidden_states")) is not None:  # what enters layer 0, then what leaves every layer
+            output["hidden_states"] = tuple(_whole(prefill, state, number) for number, state in enumerate(states))
         if labels is not None:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
+
+
+def _padding(mask: Any, past: int, length: int) -> Tensor | None:
+    """The padding mask [batch, past + length] in the 4-D mask that generate() makes for a static cache; None: none."""
+    if isinstance(mask, Mapping):
+        mask = next((kind for kind in mask.values() if isinstance(kind, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.ndim == 2:
+        return mask
+    last = mask[:, 0, -1, : past + length]  # the last token sees all that is no padding
+    seen = last if last.dtype == torch.bool else last == 0
+    return None if bool(seen.all()) else seen
+
+
+def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:
+    """Hidden states that have ``passed`` so many decoder layers, one for every token of the uncompressed chunk."""
+    alive = prefill.alive_in(max(passed - 1, 0))
+    return hidden if alive is None else unpack(hidden, alive.origin, alive.valid, prefill.length)

@@ -5,6 +5,10 @@ It knows places in a sequence; it does not know what stands there.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,6 +18,12 @@ from visiontrim.ops import select
 _SIGNATURE = (float("inf"), float("-inf"), float("inf"), float("-inf"))
 """First entries of an empty slot's features. Infinities survive every cast, copy and beam expansion, no projector
 gives this pattern, and a genuine NaN is not taken for it."""
+
+
+@functools.cache
+def _signature(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the run
+        return torch.tensor(_SIGNATURE, dtype=dtype, device=device)
 
 
 def to_slots(
@@ -27,7 +37,7 @@ def to_slots(
 
 def _empty(features: Float[Tensor, "*shape dim"]) -> Float[Tensor, " dim"]:
     empty = features.new_zeros(features.shape[-1])
-    empty[: len(_SIGNATURE)] = features.new_tensor(_SIGNATURE)
+    empty[: len(_SIGNATURE)] = _signature(features.dtype, features.device)
     return empty
 
 
@@ -42,7 +52,20 @@ def mark_empty(features: Float[Tensor, "tokens dim"], places: Int[Tensor, " plac
 
 def is_empty_slot(features: Float[Tensor, "*shape dim"]) -> Bool[Tensor, "*shape"]:
     """Where :func:`to_slots` left an empty slot."""
-    return (features[..., : len(_SIGNATURE)] == features.new_tensor(_SIGNATURE)).all(-1)
+    return (features[..., : len(_SIGNATURE)] == _signature(features.dtype, features.device)).all(-1)
+
+
+def blank_slots(value: Any) -> Any:
+    """``value`` with zeros in its empty slots: features, or mappings, lists and tuples with some."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.ndim < 2 or value.shape[-1] < len(_SIGNATURE):
+            return value
+        return value.masked_fill(is_empty_slot(value)[..., None], 0.0)
+    if isinstance(value, MutableMapping):
+        for name, part in value.items():
+            value[name] = blank_slots(part)
+        return value
+    return type(value)(map(blank_slots, value)) if type(value) in (list, tuple) else value
 
 
 def gather(values: Tensor, index: Int[Tensor, "batch kept"]) -> Tensor:
@@ -51,14 +74,15 @@ def gather(values: Tensor, index: Int[Tensor, "batch kept"]) -> Tensor:
 
 
 def pack_left(
-    keep: Bool[Tensor, "batch tokens"],
+    keep: Bool[Tensor, "batch tokens"], width: int | None = None
 ) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
     """Indices of the kept tokens in order, rows with fewer of them padded at the left (with index 0).
 
-    Also says which indices are not padding.
+    Also says which indices are not padding. ``width`` is the largest number of kept tokens in a row; without it, the
+    device is asked.
     """
     tokens = keep.shape[1]
-    width = int(keep.sum(-1).max())
+    width = int(keep.sum(-1).max()) if width is None else width
     position = torch.arange(tokens, device=keep.device).expand_as(keep)
     order = torch.where(keep, position, position - tokens).sort(dim=-1).values[:, tokens - width :]
     return order.clamp_min(0), order >= 0

@@ -9,14 +9,26 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.engine.call import Call, Encoding
+from visiontrim.engine.call import Call, Counted, Encoding
 from visiontrim.engine.groups import Group, Part, Placed
 from visiontrim.models.family import Family, Kind
 from visiontrim.models.layout import Segment, Visual
+
+
+def counted(family: Family, ids: Int[Tensor, "batch tokens"], mask: object) -> Counted:
+    """What ``ids`` hold, with their 2-D ``mask`` [batch, past + tokens] if there is padding. One look at the device."""
+    batch, tokens = ids.shape
+    rows = [family.placeholders(ids, kind).sum(-1) for kind in family.kinds]
+    padding = mask if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= tokens else None
+    if padding is not None:
+        rows.append(padding[:, -tokens:].to(ids.device).bool().sum(-1))
+    found: list[list[int]] = torch.stack(rows).tolist()
+    valid = None if padding is None else found.pop()
+    return Counted(batch, tokens, dict(zip(family.kinds, found, strict=True)), valid)
 
 
 def placed(
@@ -65,9 +77,11 @@ def _located(
 ) -> tuple[list[tuple[int, int]], list[list[int]]]:
     """Row of the batch of everything encoded, which placeholder of that row is its first, and what makes one image."""
     if not call.alone:
-        placeholders = family.placeholders(call.input_ids, kind)
-        owners = _owners(placeholders, visuals)
-        return owners, _images(owners, placeholders, family.adjoining)
+        there = call.counted
+        if there is None or not there.covers(call.input_ids) or there.rows != len(call.input_ids):
+            there = call.counted = counted(family, call.input_ids, None)
+        owners = _owners(there.placeholders[kind], visuals)
+        return owners, _images(owners, family.placeholders(call.input_ids, kind) if family.adjoining else None)
     call.tiles = call.tiles or [1] * len(visuals)
     if sum(call.tiles) != len(visuals):
         raise TrimError(
@@ -82,12 +96,11 @@ def _located(
     return owners, images
 
 
-def _owners(placeholders: Bool[Tensor, "batch tokens"], visuals: Sequence[Visual]) -> list[tuple[int, int]]:
-    """Row of the batch of every image, and which placeholder of that row is its first.
+def _owners(counts: Sequence[int], visuals: Sequence[Visual]) -> list[tuple[int, int]]:
+    """Row of the batch of every image, and which placeholder of that row is its first; ``counts`` are a row's.
 
     Raises :class:`TrimError` if images and placeholders do not fit.
     """
-    counts = placeholders.sum(-1).tolist()
     owners: list[tuple[int, int]] = []
     for row, count in enumerate(counts):
         taken = 0
@@ -106,11 +119,12 @@ def _owners(placeholders: Bool[Tensor, "batch tokens"], visuals: Sequence[Visual
     return owners
 
 
-def _images(
-    owners: list[tuple[int, int]], placeholders: Bool[Tensor, "batch tokens"], adjoining: bool
-) -> list[list[int]]:
-    """What was encoded, by image: several where the family writes the tiles of an image without text between."""
-    if not adjoining:
+def _images(owners: list[tuple[int, int]], placeholders: Bool[Tensor, "batch tokens"] | None) -> list[list[int]]:
+    """What was encoded, by image: several where the family writes the tiles of an image without text between.
+
+    ``placeholders`` are looked at for such a family, None for others.
+    """
+    if placeholders is None:
         return [[number] for number in range(len(owners))]
     columns = [row.nonzero()[:, 0].tolist() for row in placeholders]
     images: list[list[int]] = []

@@ -5,8 +5,12 @@ It knows caches and which tokens were left from which layer on; it knows nothing
 
 from __future__ import annotations
 
-from visiontrim.engine.cache import chunk_mask, make_trimmed
-from visiontrim.engine.forward import Prefill
+import torch
+from torch import Tensor
+
+from visiontrim.engine.cache import chunk_mask, make_trimmed, trimmed_layer
+from visiontrim.engine.forward import Alive, Prefill, Removal
+from visiontrim.engine.upstream import holds_tokens
 
 
 def expected_lengths(prefill: Prefill, layers: int, narrow_from: int) -> list[int]:
@@ -26,20 +30,29 @@ def note_removals(prefill: Prefill, layers: int, narrow_from: int, compact: bool
     cache = prefill.cache
     if cache is None or not prefill.removals:
         return
-    ends = [removal.start for removal in prefill.removals[1:]] + [layers]
-    for removal, end in zip(prefill.removals, ends, strict=True):
+    removals = prefill.removals
+    if narrow_from < removals[0].start:  # layers that had all of the chunk are narrowed, too
+        origin = torch.arange(prefill.length, device=prefill.chunk_valid.device).expand_as(prefill.chunk_valid)
+        removals = [Removal(narrow_from, Alive(origin, prefill.chunk_valid, [], [])), *removals]
+    ends = [removal.start for removal in removals[1:]] + [layers]
+    even = len(ends) == 1 and removals[0].start == 0
+    for removal, end in zip(removals, ends, strict=True):
         attended = removal.alive if prefill.repeated is None else prefill.repeated.alive
-        valid = attended.valid
-        padded = not bool(valid.all())
+        shorter = prefill.chunk_valid.sum(1) - attended.valid.sum(1) if compact else None
+        masks: dict[tuple, Tensor | None] = {}  # layers with the same past have the same mask
         for index in range(removal.start, end):
-            shift, mask, left = None, None, valid
-            layer = make_trimmed(cache, index)
+            if index < len(cache.layers) and not holds_tokens(cache.layers[index]):
+                continue  # a state knows no tokens
+            layer, left = make_trimmed(cache, index), attended
             if index >= narrow_from:
-                left = prefill.alive.valid
-                layer.narrow(prefill.alive.within(removal.alive, prefill.length), valid.shape[1])
-            if padded or prefill.past:
-                mask = chunk_mask(cache, index, prefill.past_mask, prefill.past, left)
-            if compact:
-                shift = prefill.chunk_valid.sum(1) - valid.sum(1)
-                shift = shift if layer.shift is None else shift + layer.shift
-            layer.note_removal(prefill.length - left.shape[1], prefill.prompt_end, mask, shift)
+                left = prefill.alive
+                layer.narrow(left.within(removal.alive, prefill.length), attended.width)
+            past = id(layer.key_mask), layer.trimmed_to, layer.removed, left is attended
+            if past not in masks:
+                valid = left.valid if left.padded else None
+                masks[past] = chunk_mask(cache, index, prefill.past_mask, prefill.past, valid, left.width)
+            shift = shorter if shorter is None or layer.shift is None else shorter + layer.shift
+            layer.note_removal(prefill.length - left.width, prefill.prompt_end, masks[past], shift)
+    for index in range(layers):
+        if (layer := trimmed_layer(cache, index)) is not None:
+            layer.plain = even and layer.key_mask is None and layer.shift is None

@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from visiontrim.core.errors import TrimError
 from visiontrim.engine.cache import chunk_mask, trimmed_layer
 from visiontrim.engine.contract import check_given
-from visiontrim.engine.forward import Forward, Prefill, Removal, Segment
+from visiontrim.engine.forward import Forward, Prefill, Removal
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather
+from visiontrim.engine.segment import Segment
 from visiontrim.engine.upstream import Upstream
 
 KeyMask = Bool[Tensor, "batch keys"] | None
@@ -35,14 +37,25 @@ class Segments:
         self, prefill: Prefill, layer: int, keep: Tensor, columns: list[Tensor], marks: list[Tensor]
     ) -> Int[Tensor, "batch left"]:
         """Drop tokens from decoder layer ``layer`` on; returns the places, before, of what is left."""
-        index, prefill.alive = prefill.alive.narrowed(keep, columns, marks, prefill.rows)
+        index, prefill.alive = prefill.alive.narrowed(
+            keep, columns, marks, prefill.rows, [group.rows for group in prefill.groups]
+        )
+        if prefill.past and self._upstream.recurrent and prefill.alive.padded:
+            lengths = prefill.alive.valid.sum(1).tolist()
+            raise TrimError(
+                f"the rows of a further turn would have {', '.join(map(str, lengths))} tokens left, and the padding "
+                "between the turns would go into the state of layers with linear attention: continue one conversation "
+                "at a time"
+            )
         prefill.removals.append(Removal(layer, prefill.alive))
         return index
 
     def key_mask(self, forward: Forward, layer: int) -> KeyMask:
         """Keys that tokens of the chunk may see from decoder layer ``layer`` on."""
+        layer = self._upstream.holding(layer)
         if isinstance(forward, Prefill) and forward.removals:
-            return chunk_mask(forward.cache, layer, forward.past_mask, forward.past, forward.alive.valid)
+            valid = forward.alive.valid if forward.alive.padded else None
+            return chunk_mask(forward.cache, layer, forward.past_mask, forward.past, valid, forward.alive.width)
         earlier = trimmed_layer(forward.cache, layer)
         return None if earlier is None else earlier.logical_mask(forward.mask, forward.past + forward.length)
 
@@ -68,12 +81,19 @@ class Segments:
     def begin(self, forward: Forward, layer: int, index: Tensor | None) -> None:
         """A segment begins before decoder layer ``layer``; ``index`` are the places, before, of what is left now."""
         missing = isinstance(forward, Prefill) and forward.removals
-        if not missing and trimmed_layer(forward.cache, layer) is None:
+        cached, ahead = trimmed_layer(forward.cache, layer), forward.ahead
+        if not missing and cached is None:
             return
+        if ahead is not None and cached is not None:
+            forward.segment = ahead.follow(layer, cached, forward.past, forward.length)
+            if forward.segment is not None:
+                return
         places = None if forward.segment is None else forward.segment.places
         if index is not None:
             places = index if places is None else gather(places, index)
         forward.segment = Segment(self.key_mask(forward, layer), places)
+        if ahead is not None and cached is not None:
+            ahead.leave(layer, cached, forward.past, forward.length, forward.segment)
 
     def arguments(self, forward: Forward, layer: int, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         """What decoder layer ``layer`` gets instead of its ``given`` keyword arguments."""
@@ -96,15 +116,28 @@ class Segments:
         self, forward: Forward, segment: Segment, layer: int, hidden: Tensor, given: Mapping[str, Any]
     ) -> tuple[Tensor, ...] | None:
         """Cosines and sines of the tokens that are left; None: those of the model are right."""
+        if layer in self._upstream.recurrent:
+            return None
+        if self._compact and segment.steps > 1:
+            return self._turn(forward, segment, layer, hidden)
         own, made = given.get("position_embeddings"), segment.rotary
         if self._compact or (self._members is not None and isinstance(forward, Prefill)):
             own = self._upstream.kinds[layer]
-        elif segment.places is None:
+        elif segment.places is None or (own is None and "position_embeddings" in given):  # some have no positions
             return None
         check_given("position_embeddings", given, layer)
         if made is None or made[0] is not own:
             made = segment.rotary = own, self._made(forward, segment, layer, hidden, own)
         return made[1]
+
+    def _turn(self, forward: Forward, segment: Segment, layer: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Those of this step, of which several are made at a time."""
+        kind = self._upstream.kinds[layer]
+        if kind not in segment.turns:
+            steps = torch.arange(segment.steps, device=hidden.device)
+            positions = self.positions(forward, layer) + steps
+            segment.turns[kind] = self._upstream.rotary(hidden, positions, layer)
+        return tuple(part[:, segment.step : segment.step + 1] for part in segment.turns[kind])
 
     def _made(self, forward: Forward, segment: Segment, layer: int, hidden: Tensor, own: Any) -> tuple[Tensor, ...]:
         if self._compact:

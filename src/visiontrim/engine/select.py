@@ -33,7 +33,11 @@ def place_groups(prefill: Prefill, family: Family) -> None:
     prefill.groups = [_expanded(group, copies) for group in call.groups]
     prefill.rows = [torch.tensor(group.rows, device=ids.device) for group in prefill.groups]
     wanted = sum(group.places.numel() + group.marks.numel() for group in prefill.groups)
-    found = int(family.placeholders(ids).sum())
+    there = call.counted
+    if there is not None and there.covers(ids):
+        found = sum(map(sum, there.placeholders.values())) * (len(ids) // there.rows)
+    else:
+        found = int(family.placeholders(ids).sum())
     if not wanted or found != wanted:
         raise TrimError(
             f"this forward holds {found} image placeholders but {wanted} vision tokens were encoded in this "
@@ -68,6 +72,7 @@ def checked_select(step: Step, view: View) -> Keep:
         "assignment": (keep.assignment, (batch, tokens)),
         "complement": (keep.complement, (batch, kept)),
         "marked": (keep.marked, (batch, kept)),
+        "noted": (keep.noted, (batch, kept)),
         "projected": (keep.projected, None if width is None else (batch, kept, width)),
     }
     for name, (given, wanted) in shapes.items():
@@ -127,6 +132,7 @@ def select_between_layers(
             whole=group.part.whole,
             before=group.part.before,
             marked=group.now.marked,
+            noted=group.now.noted,
             decoder=decoder,
             text=text,
         )

@@ -6,22 +6,30 @@ It knows where a call of the model begins and ends, and which stages a method ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Method, Plan, Positions, Step
 from visiontrim.core.trace import Trace
+from visiontrim.engine.cache import plain_step
 from visiontrim.engine.call import Call
+from visiontrim.engine.checkpointing import InsideHooks
 from visiontrim.engine.context import Clock, Context
 from visiontrim.engine.contract import check_arguments, check_passed
 from visiontrim.engine.encoder import EncoderStage
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.language import LanguageStage
 from visiontrim.engine.memory import Memory
+from visiontrim.engine.pack import blank_slots
+from visiontrim.engine.placing import counted
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.upstream import (
+    FEATURE_FIELDS,
+    SHARED,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     Upstream,
     given_cache,
     given_features,
@@ -61,15 +69,20 @@ class Session:
         self._family = family
         self._questions = questions
         self.context = context = Context(family.model, finish, clock)
-        sites, decoding = Sites.of(family, method), method.decoding
         upstream = Upstream(family.language_model)
+        sites, decoding = Sites.of(family, method, _between_layers(family, upstream)), method.decoding
         check_arguments(family, upstream, layers=bool(sites.language) or decoding is not None or positions != "keep")
         _check_layers(family, upstream, sites.language, decoding)
+        if positions == "unmerged":
+            _check_unmerged(upstream)
         memory = Memory(remember, once_each=not sites.encoder) if remember else None
+        narrow = _narrows_cache(method)
+        language = LanguageStage(family, sites.language, decoding, positions, narrow, upstream, context)
+        self._quiet = language.quiet
         self._stages = (
             EncoderStage(family, sites.encoder, per, sites.apart, deviation, context),
             VisionStage(family, sites.vision, per, sites.apart, memory, sites.encoder, questions, context),
-            LanguageStage(family, sites.language, decoding, positions, _narrows_cache(method), upstream, context),
+            language,
         )
         self._removers: list = []
 
@@ -79,9 +92,12 @@ class Session:
         try:
             for module in (model, core):
                 self._removers.append(module.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
-                self._removers.append(module.register_forward_hook(self._end_forward, always_call=True))
+                end = module.register_forward_hook(self._end_forward, with_kwargs=True, always_call=True)
+                self._removers.append(end)
             for stage in self._stages:
                 self._removers += stage.attach()
+            self._inside = InsideHooks(model)
+            self._removers.append(self._inside)
             self._removers.append(Replaced(model, "generate", self._generate))
         except BaseException:
             self.detach()
@@ -104,7 +120,7 @@ class Session:
                 "vision tokens shortens the prefill already)"
             )
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         end = ids.shape[1] if mask is None else mask.shape[1]
         if past and end == ids.shape[1]:  # the whole conversation: generate() goes on after what is cached
             ids = ids[:, past:]
@@ -115,13 +131,19 @@ class Session:
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
             )
-        self.context.begin(Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end))
+        call = Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end)
+        if given_pixels(kwargs):  # looked at before the encoder is queued, so that nothing has to be waited for
+            call.counted = counted(self._family, ids, mask)
+        self.context.begin(call)
         try:
             return generate(*args, **kwargs)
         finally:
             self.context.end()
 
     def _begin_forward(self, module, args, kwargs):
+        if self._quiet and plain_step(kwargs):
+            return None
+        self._inside.refresh()
         ids = kwargs.get("input_ids", args[0] if args else None)
         pixels = given_pixels(kwargs)
         features = given_features(kwargs)
@@ -149,26 +171,43 @@ class Session:
         if pixels:  # the encoder runs within this forward, on its rows
             call.input_ids = ids
             call.groups.clear()
+            if call.counted is None or not call.counted.covers(ids) or call.counted.rows != len(ids):
+                call.counted = counted(self._family, ids, kwargs.get("attention_mask"))
         if kwargs.get("labels") is None:
             return None
         call.labels = kwargs["labels"].clone()
         return args, kwargs | {"labels": call.labels}
 
-    def _end_forward(self, module, args, output) -> None:
+    def _end_forward(self, module, args, kwargs, output) -> None:
+        if self._quiet and plain_step(kwargs):
+            return
         if (call := self.context.call) is None:
             return
         if call.owner is module:
             self.context.end()
-        if output is not None:  # None: the forward raised
-            check_passed(call, module)
+        if output is None:  # the forward raised
+            return
+        check_passed(call, module)
+        call.carries_vision = False
+        if call.owner is module and any(group.kept < group.total for group in call.groups):
+            for name in [name for name in output if name.startswith(FEATURE_FIELDS)]:
+                output[name] = blank_slots(output[name])
 
 
-def _narrows_cache(method: Method) -> bool:
+def _narrows_cache(method: Method) -> bool | Literal["all"]:
     parts = method.methods if isinstance(method, Plan) else (method,)
-    return any(part.narrows_cache for part in parts)
+    asked = {part.narrows_cache for part in parts}
+    return "all" if "all" in asked else any(asked)
 
 
 _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass pixel_values instead"
+
+
+def _between_layers(family: Family, upstream: Upstream) -> bool:
+    """Whether tokens can be removed between decoder layers, whatever the length of the prompt."""
+    layers = upstream.new_cache().layers
+    enough = len(layers) >= len(family.language_model.layers)
+    return not family.bidirectional and enough and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Step], decoding: Decoding | None) -> None:
@@ -179,17 +218,44 @@ def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Ste
             f"{type(family).__name__} lets image tokens attend in both directions, so none can be removed or hidden "
             f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
-    possible = (DynamicLayer,) if inside else (DynamicLayer, DynamicSlidingWindowLayer)
     layers = upstream.new_cache().layers
-    if len(layers) < len(family.language_model.layers):
+    shared = [index for index, layer in enumerate(layers) if isinstance(layer, SHARED)]
+    if len(layers) < len(family.language_model.layers) or (shared and inside):
         raise TrimError(
-            f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "
+            f"decoder layer {min([*shared, len(layers)])} and later ones use the keys and values of earlier layers, "
+            "which would have to lack the same tokens: use a method's vision stage alone"
+            if shared
+            else f"decoder layer {len(layers)} and later ones use the keys and values of earlier layers: only decoders "
             "whose layers all have their own are supported"
         )
     for index, layer in enumerate(layers):
-        if type(layer) not in possible:
-            alone = ", with sliding windows at a method's vision stage alone" if len(possible) == 1 else ""
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, *SHARED):
             raise TrimError(
-                f"decoder layer {index} caches in a {type(layer).__name__}: only full-attention decoders are supported "
-                f"(no linear attention or shared keys and values{alone})"
+                f"decoder layer {index} caches in a {type(layer).__name__}, of which it is not known how it could lack "
+                "tokens: only layers with keys and values of their own, and those with linear attention or short "
+                "convolutions, are supported"
             )
+    if not (recurrent := upstream.recurrent):
+        return
+    holding = [index for index in range(1, len(layers)) if index not in recurrent]
+    if decoding is not None:
+        raise TrimError(
+            f"from decoder layer {decoding.layer} on the answer would see a part of the vision tokens, but layers "
+            f"with linear attention ({min(recurrent)}, ...) keep no tokens that could be hidden: use a method that "
+            "removes them in the prefill"
+        )
+    for index in sorted(language):
+        if index in recurrent:
+            raise TrimError(
+                f"decoder layer {index} has linear attention or a convolution, whose queries rank no tokens: stages "
+                f"of this model stand before layers with full attention, {', '.join(map(str, holding))}"
+            )
+
+
+def _check_unmerged(upstream: Upstream) -> None:
+    if upstream.recurrent:
+        raise TrimError(
+            "positions='unmerged' lets a merged token stand in attention at the places of all of its members, but "
+            f"decoder layer {min(upstream.recurrent)} has a recurrence instead, which takes every token once: use "
+            "positions='keep' or a method that merges nothing"
+        )

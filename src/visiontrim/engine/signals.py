@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
@@ -27,6 +28,10 @@ PIXELS = frozenset({"pixels", "colours"})
 """Signals of the picture that such a step may read."""
 ALWAYS = frozenset({"mass", "lattice", "unit"})
 """What such a step sees in any case."""
+
+
+DIRECTIONS, STEP = 64, 0.01
+"""Of the difference quotients of a projector: how many, and half the distance of their ends."""
 
 
 def check_needs(step: Step, given: Set[Signal], where: str, layers: Set[Signal] = frozenset()) -> None:
@@ -49,7 +54,8 @@ def encoder_signals(
     special, inside = family.special_tokens, encoding.merged
     chunks = family.chunks(encoding.kind, encoding.arguments) if inside is None else inside.chunks()
     bias = None if inside is None else inside.bias(special)
-    for q, k in _by_chunk(query, key, chunks):
+    filled = family.filled(encoding.kind, encoding.arguments) if inside is None else None
+    for q, k in _by_chunk(query, key, chunks) if filled is None else _by_row(query, key, filled):
         for signal in signals:
             yield signal, _signal(name_of(signal), q, k, scaling, special, bias).flatten(0, 1)
 
@@ -108,6 +114,12 @@ def _by_chunk(query: Tensor, key: Tensor, chunks: list[int] | None) -> Iterable[
     return zip(query.split(chunks, dim=2), key.split(chunks, dim=2), strict=True)
 
 
+def _by_row(query: Tensor, key: Tensor, filled: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Queries and keys of every row without its padding."""
+    for row, length in enumerate(filled):
+        yield query[row : row + 1, :, :length], key[row : row + 1, :, :length]
+
+
 def of_placeholders(family: Family, encoding: Encoding) -> dict[Key, Float[Tensor, "placeholders *rest"]]:
     """What was heard, as the placeholders would have it. Raises :class:`TrimError` for signals from before a merge."""
     inside, values = encoding.merged, {}
@@ -125,3 +137,31 @@ def of_placeholders(family: Family, encoding: Encoding) -> dict[Key, Float[Tenso
             value = family.pooled(encoding.kind, encoding.arguments, value[:, None])[:, 0]
         values[signal] = value
     return values
+
+
+@torch.no_grad()
+def projector_sensitivity(family: Family, features: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape"]:
+    """Norm of the projector's central differences, mean over unit vectors drawn with a fixed seed.
+
+    In float32 with the weights cast to it: in half precision a step of 0.01 drowns in rounding.
+    """
+    bare, x = _Bare(family), features.float()
+    weights = {name: p.float() for name, p in bare.named_parameters() if p.is_floating_point()}
+    directions = torch.randn(DIRECTIONS, x.shape[-1], generator=torch.Generator().manual_seed(0))
+    total = x.new_zeros(x.shape[:-1])
+    for unit in nn.functional.normalize(directions, dim=-1).to(x.device):
+        ends = [functional_call(bare, weights, (x + side * STEP * unit,)) for side in (1, -1)]
+        total += torch.linalg.vector_norm(ends[0] - ends[1], dim=-1) / (2 * STEP)
+    return total / DIRECTIONS
+
+
+class _Bare(nn.Module):
+    """The projector of a family, called past the hooks on it."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.projector = family.projector
+        self._family = family
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self._family.to_language(features)

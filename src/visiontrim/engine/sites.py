@@ -29,11 +29,14 @@ class Sites:
     """Before which decoder layer."""
 
     @classmethod
-    def of(cls, family: Family, method: Method) -> Sites:
-        """The steps of ``method`` in a model. Raises :class:`TrimError` for places that are not there."""
+    def of(cls, family: Family, method: Method, between: bool) -> Sites:
+        """The steps of ``method`` in a model. Raises :class:`TrimError` for places that are not there.
+
+        ``between``: whether tokens can be removed between the model's decoder layers.
+        """
         inside = family.depth("image") if family.encoder_layers("image") else 0
         whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
-        layers = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole)
+        layers = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole, between)
         encoder, vision, language = {}, None, {}
         steps = method.steps_for(layers)
         if not inside and any(isinstance(step.site, EncoderLayer) for step in steps):

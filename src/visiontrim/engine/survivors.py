@@ -36,6 +36,8 @@ class Survivors:
     """Survivors that stand for a cluster."""
     marked: Bool[Tensor, "images kept"] | None = None
     """Survivors that a step marked for later ones; None: no step did."""
+    noted: Float[Tensor, "images kept"] | None = None
+    """A number of each survivor that a step noted for later ones; None: no step did."""
 
     def after(self, keep: Keep) -> Survivors:
         """The survivors once ``keep``, answered for the current ones, is applied."""
@@ -49,11 +51,15 @@ class Survivors:
         marked = None if self.marked is None else self.marked.gather(1, keep.index)
         if keep.marked is not None:
             marked = keep.marked if marked is None else marked | keep.marked
+        noted = keep.noted
+        if noted is None and self.noted is not None:
+            noted = self.noted.gather(1, keep.index)
         return Survivors(
             self.index.gather(1, keep.index),
             F.pad(went_to, (0, 1), value=-1).gather(1, self.assignment % (went_to.shape[1] + 1)),  # gone stays gone
             complement if keep.complement is None else complement | keep.complement,
             marked,
+            noted,
         )
 
     @classmethod
@@ -63,7 +69,8 @@ class Survivors:
 
     def pick(self, images: Int[Tensor, " picked"]) -> Survivors:
         marked = None if self.marked is None else self.marked[images]
-        return Survivors(self.index[images], self.assignment[images], self.complement[images], marked)
+        noted = None if self.noted is None else self.noted[images]
+        return Survivors(self.index[images], self.assignment[images], self.complement[images], marked, noted)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,8 @@ class Merging:
         rank = order.argsort(1)
         went_to = F.pad(rank, (0, 1), value=-1).gather(1, self.now.assignment % (rank.shape[1] + 1))
         marked = None if self.now.marked is None else self.now.marked.gather(1, order)
-        now = Survivors(index, went_to, self.now.complement.gather(1, order), marked)
+        noted = None if self.now.noted is None else self.now.noted.gather(1, order)
+        now = Survivors(index, went_to, self.now.complement.gather(1, order), marked, noted)
         return now, (*self.history[:-1], (self.history[-1][0], now))
 
 

@@ -88,7 +88,7 @@ class Unmerging:
         index, valid = pack_left(places >= 0)
         mask = self._upstream.mask(
             embeds[:, :1].expand(-1, index.shape[1], -1),  # only their shape counts
-            chunk_mask(prefill.cache, 0, prefill.past_mask, prefill.past, valid),
+            chunk_mask(prefill.cache, 0, prefill.past_mask, prefill.past, valid, index.shape[1]),
             prefill.cache,
             0,
         )

@@ -15,12 +15,32 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import __version__, cache_utils, masking_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "Upstream"]
+from visiontrim.core.errors import TrimError
+
+__all__ = [
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "StaticLayer",
+    "Upstream",
+]
 
 RELEASE = __version__
 RELEASES = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
@@ -29,6 +49,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 """What the key-value cache has been called as an argument and as a field of outputs, the newest name first."""
 FEATURE_NAMES = ("mm_encoder_outputs",)
 """What the argument has been called in which generate() hands encoded images on; before 5.19 there was none."""
+FEATURE_FIELDS = ("image_", "video_")
+"""How fields begin in which the output of a model hands features of images and videos out."""
 MASKS = {"full_attention": "create_causal_mask", "sliding_attention": "create_sliding_window_causal_mask"}
 """By the type of a decoder layer, the function of transformers that makes its attention mask."""
 
@@ -36,6 +58,10 @@ CACHE_TENSORS = ("keys", "values", "_quantized_keys", "_quantized_values")
 """Attributes in which layers of caches store keys and values: tensors, or tuples with tensors."""
 QUANTIZED: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 """Layers of caches that store keys and values with fewer bits, of all kinds."""
+
+
+SHARED: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+"""Layers of caches that hold nothing, because the decoder layer uses keys and values of an earlier one."""
 
 
 def parameters(function: Callable) -> tuple[str, ...]:
@@ -65,6 +91,16 @@ def given_pixels(arguments: Mapping[str, Any]) -> bool:
     return any(value is not None for name, value in arguments.items() if name.startswith("pixel_values"))
 
 
+def recomputes_hooks(module: nn.Module) -> bool:
+    """Whether gradient checkpointing calls ``module`` anew with its hooks, as before 5.23, not its forward alone."""
+    return hasattr(module, "gradient_checkpointing") and type(module).__call__ is not nn.Module.__call__
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether the backward pass will compute the layers of ``model`` anew, which then cache nothing."""
+    return getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
+
+
 class Upstream:
     """What this release calls things in one model, whose text model is ``text``."""
 
@@ -73,14 +109,34 @@ class Upstream:
         self._config = text.config
         self.cache_name = cache_name(type(text).forward) or CACHE_NAMES[0]
         """Argument of the text model's forward."""
-        kinds = getattr(text.config, "layer_types", None) or ()
-        self.kinds: tuple[str, ...] = tuple(kinds) if kinds else ("full_attention",) * len(text.layers)
-        """Type of every decoder layer, as the configuration has it."""
+        named = getattr(text.config, "layer_types", None)
+        self.kinds: tuple[str, ...] = tuple(named) if named else self._inferred()
+        """Type of every decoder layer, as the configuration has it, or as the cache infers it from that."""
+
+    def _inferred(self) -> tuple[str, ...]:
+        windows = [isinstance(layer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers]
+        windows += [False] * (len(self._text.layers) - len(windows))
+        return tuple("sliding_attention" if window else "full_attention" for window in windows)
+
+    @functools.cached_property
+    def recurrent(self) -> frozenset[int]:
+        """Decoder layers whose cache is a state that all tokens went into: linear attention and short convolutions."""
+        layers = self.new_cache().layers
+        return frozenset(
+            index
+            for index, layer in enumerate(layers)
+            if isinstance(layer, LinearAttentionLayer) and not holds_tokens(layer)
+        )
+
+    def holding(self, layer: int) -> int:
+        """The first decoder layer, from ``layer`` on, that caches keys and values; ``layer`` itself if none does."""
+        return next((index for index in range(layer, len(self.kinds)) if index not in self.recurrent), layer)
 
     @functools.cached_property
     def mask_functions(self) -> dict[str, Callable | None]:
         """The functions that make the masks of this model's layers, by name; None where there is none of that name."""
-        names = {MASKS.get(kind, MASKS["full_attention"]) for kind in self.kinds}
+        kinds = [kind for index, kind in enumerate(self.kinds) if index not in self.recurrent]
+        names = {MASKS.get(kind, MASKS["full_attention"]) for kind in kinds}
         return {name: getattr(masking_utils, name, None) for name in sorted(names)}
 
     def new_cache(self) -> DynamicCache:
@@ -93,6 +149,8 @@ class Upstream:
         ``hidden`` [batch, queries, dim] is looked at for its shape, dtype and device. ``key_mask`` [batch, keys] is in
         logical columns (None: no padding).
         """
+        if layer in self.recurrent:  # takes the padding of the chunk alone, and none in a step of decoding
+            return None if key_mask is None or hidden.shape[1] == 1 else key_mask[:, -hidden.shape[1] :]
         make = self.mask_functions[MASKS.get(self.kinds[layer], MASKS["full_attention"])]
         assert make is not None  # :mod:`.contract` has seen it
         named = {_mask_cache_name(make): cache}
@@ -100,9 +158,19 @@ class Upstream:
 
     def rotary(self, hidden: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of ``positions`` for decoder layer ``layer``, in the dtype of ``hidden``."""
-        encoding = self._text.rotary_emb
+        encoding = getattr(self._text, "rotary_emb", None)
+        if encoding is None:
+            raise TrimError(
+                f"{type(self._text).__name__} has no rotary encoding of positions, which tokens could be given anew: "
+                "use positions='keep'"
+            )
         kind = {"layer_type": self.kinds[layer]} if "layer_type" in parameters(type(encoding).forward) else {}
         return encoding(hidden, position_ids=positions, **kind)
+
+
+def holds_tokens(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values of every token, not a state that all tokens went into."""
+    return isinstance(layer, CacheLayerMixin)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from visiontrim.engine.placing import placed
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import checked_select
-from visiontrim.engine.signals import AT_OUTPUT, check_needs, encoder_signals, of_placeholders
+from visiontrim.engine.signals import AT_OUTPUT, check_needs, encoder_signals, of_placeholders, projector_sensitivity
 from visiontrim.models.family import Family, Kind
 
 
@@ -64,7 +64,9 @@ class VisionStage:
         self._of_encoder, self._of_text = EncoderSignals.among(needs), TextSignals.among(needs)
         if step is not None:
             heard = {EncoderSignals.spelled(name) for name in AT_OUTPUT}
-            others = {TextSignals.spelled(name) for name in TextSignals.names} | {EncoderSignals.spelled("projected")}
+            others = {TextSignals.spelled(name) for name in TextSignals.names} | {
+                EncoderSignals.spelled(name) for name in ("projected", "sensitivity")
+            }
             check_needs(step, heard | others, "at the encoder's output", layers=heard)
         self._questions = questions
         self._context = context
@@ -240,6 +242,8 @@ class VisionStage:
         seen = {key: value.transpose(1, 2) if name_of(key) == "keys" else value for key, value in signals.items()}
         if "projected" in self._of_encoder:
             seen["projected"] = family.to_language(features)
+        if "sensitivity" in self._of_encoder and family.projector is not None:
+            seen["sensitivity"] = projector_sensitivity(family, features)
         return View(
             features=features,
             coordinates=group.coordinates,
@@ -249,6 +253,7 @@ class VisionStage:
             whole=group.part.whole,
             before=group.part.before,
             marked=group.now.marked,
+            noted=group.now.noted,
             encoder=EncoderSignals(seen),
             text=self._text(call, encoding, group, features, at),
         )

@@ -26,6 +26,7 @@ from visiontrim.evaluate.fingerprint import fingerprint, setup
 from visiontrim.evaluate.items import Digests, Item, Suite
 from visiontrim.evaluate.log import Key, Log, Row
 from visiontrim.evaluate.protocol import Protocol
+from visiontrim.evaluate.smaller import DOWNSAMPLED, POOLED, boundless, follows_size, shrunk
 from visiontrim.measure import Clock
 from visiontrim.run import Run, trim
 
@@ -47,7 +48,8 @@ class Cell:
 
     def load(self, batch: int = 0) -> Method:
         """The method. One that draws at random draws anew for every ``batch``: that is added to its seed."""
-        method = load_method(self.method, **({} if self.keep is None else {"keep": self.keep}))
+        name = POOLED if self.method == DOWNSAMPLED else self.method
+        method = load_method(name, **({} if self.keep is None else {"keep": self.keep}))
         seed = getattr(method, "seed", None)
         return method if seed is None else dataclasses.replace(method, seed=seed + batch)  # pyright: ignore[reportArgumentType]
 
@@ -86,8 +88,10 @@ class Examiner:
         Questions without pictures are the same to every method: they have the plain model's answers.
         """
         cell = cell if self.batches[number][0].sources else Cell(PLAIN, None)
-        method = cell.load(number)
+        small = cell.method == DOWNSAMPLED and follows_size(self.speaker.processor)
+        method = load_method(PLAIN) if small else cell.load(number)
         spelled = method.to_dict() | ({} if cell.per == "image" else {"per": cell.per})
+        spelled |= {DOWNSAMPLED: cell.keep} if small else {}
         key: Key = (self._name, json.dumps(spelled), cell.keep, self._digest(number))
         row = self._log.get(key)
         if row is not None:
@@ -97,19 +101,30 @@ class Examiner:
         return row, True
 
     def _ask(self, method: Method, cell: Cell, number: int, key: Key) -> Row:
-        items = self.batches[number]
+        items: Sequence[Item] = self.batches[number]
         ids = tuple(item.id for item in items)
-        if self._inputs is None or self._inputs[0] != number:
-            self._inputs = number, encode(self.speaker, items, self.protocol)
+        small = DOWNSAMPLED in json.loads(key[1])
         try:
-            said = answers(self.speaker, items, self._inputs[1], method, self.max_new_tokens, self.protocol, cell.per)
+            if small:
+                speaker = boundless(self.speaker)
+                items = shrunk(items, cell.keep, speaker.processor)
+                inputs = encode(speaker, items, self.protocol)
+            else:
+                speaker, inputs = self.speaker, self._encoded(number)
+            said = answers(speaker, items, inputs, method, self.max_new_tokens, self.protocol, cell.per)
         except TrimError as error:
             if cell.method == PLAIN:
                 raise
             return Row(*key, ids, (), (), str(error), (), {})
         layers = () if said.run is None else said.run.report.per_layer
-        error = "" if said.run is None else _off(said.run, cell.keep)
+        # a smaller picture has at most as many tokens as the budget, in whole rows and columns
+        error = "" if said.run is None or small else _off(said.run, cell.keep)
         return Row(*key, ids, said.texts, said.lengths, error, layers, said.seconds)
+
+    def _encoded(self, number: int) -> BatchFeature:
+        if self._inputs is None or self._inputs[0] != number:
+            self._inputs = number, encode(self.speaker, self.batches[number], self.protocol)
+        return self._inputs[1]
 
     @property
     def max_new_tokens(self) -> int:

@@ -16,15 +16,33 @@ from visiontrim.evaluate.asking import PLAIN, Cell, Examiner
 from visiontrim.evaluate.bootstrap import FEWEST_GROUPS
 from visiontrim.evaluate.log import Row
 from visiontrim.evaluate.scores import Answers, Score
+from visiontrim.evaluate.smaller import DOWNSAMPLED, POOLED
 
-CONTROLS = ("random", "uniform")
+CONTROLS = ("random", "uniform", DOWNSAMPLED)
 """In every table, beside the plain model; gains are measured against the first one."""
 ABLATIONS = Path(__file__).parent / "ablations.yaml"
 SHALLOW = {"hiprune": "hiprune:middle=2", "vscan": "vscan:shallow=1,layer=4"}
 """Methods whose layers are fixed numbers, meant for models of 24 encoder and 32 decoder layers: what "all" takes for
 them, so that they run on the small bundled model too. About the same share of the depth."""
-LEFT_OUT = {PLAIN, *CONTROLS, "dycoke", "evs", "fastvid", "holitom", "st-gridpool", "vidcom2"}
+LEFT_OUT = {
+    PLAIN,
+    *CONTROLS,
+    POOLED,
+    "dycoke",
+    "evs",
+    "fastvid",
+    "holitom",
+    "st-gridpool",
+    "vidcom2",
+    "v-cast",
+    "flashvid",
+    "aot",
+}
 """Not in "all": controls, which are there anyway, and methods that compare the frames of a video."""
+SEEDS = 5
+"""Draws of ``random`` over a whole suite, whose spread is told."""
+SEED_STEP = 1_000
+"""Between their seeds, to which the number of the batch is added."""
 
 Progress = Callable[[int, int, bool], None]
 """Is told how many steps are done, of how many, and whether the last one was work or came from the log."""
@@ -40,16 +58,37 @@ class Block:
     keeps: tuple[Amount, ...]
     compares: bool = False
     """Whether the block is methods beside controls, and no ablation."""
+    seeds: int = 1
+    """Draws of the random control over the whole suite."""
 
     @classmethod
-    def comparison(cls, methods: Sequence[str], keeps: Sequence[Amount]) -> Block:
+    def comparison(cls, methods: Sequence[str], keeps: Sequence[Amount], seeds: int = 1) -> Block:
         """``methods`` beside the controls."""
         together = dict.fromkeys((*CONTROLS, *methods))
-        return cls("Methods beside controls", tuple(together), tuple(keeps), compares=True)
+        return cls("Methods beside controls", tuple(together), tuple(keeps), compares=True, seeds=seeds)
 
     @property
     def cells(self) -> list[Cell]:
         return [Cell(method, keep) for keep in self.keeps for method in self.methods]
+
+    @property
+    def asked(self) -> list[Cell]:
+        """All cells, and the further draws of the random control."""
+        return [*self.cells, *(cell for keep in self.keeps for cell in self.draws(keep)[1:])]
+
+    def draws(self, keep: Amount) -> list[Cell]:
+        """The random control with each of its seeds, the first of which is in the tables; [] where there are none."""
+        if not self.compares:
+            return []
+        later = (f"{CONTROLS[0]}:seed={SEED_STEP * number}" for number in range(1, self.seeds))
+        return [Cell(name, keep) for name in (CONTROLS[0], *later)]
+
+    @property
+    def main(self) -> str:
+        """The method that is looked at closely: VisionTrim, without it the first that is no control."""
+        named = [method for method in self.methods if method not in CONTROLS]
+        ours = [method for method in named if method.partition(":")[0] == "visiontrim"]
+        return (*ours, *named, self.methods[0])[0]
 
     def scores(self, answers: Answers) -> list[Score]:
         """One for each cell, against the first method at the same budget."""

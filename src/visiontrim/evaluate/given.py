@@ -1,8 +1,8 @@
 """Answers that some program gave, read from its file, and joined with the questions that they answer.
 
-LLaVA's lines (``question_id``, ``prompt``, ``text``), Video-ChatGPT's (``id``, ``pred``), upload files of MMBench,
-result files of MM-Vet. An answer belongs to a question by its id, and where several questions share one by what was
-asked; an answer to something else than the question with its id is an error, never a score.
+LLaVA's lines (``question_id``, ``prompt``, ``text``), Video-ChatGPT's (``id``, ``pred``), upload files of MMBench and
+VizWiz, result files of MM-Vet and ScienceQA. An answer belongs to a question by its id, and where several questions
+share one by what was asked; an answer to something else than the question with its id is an error, never a score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from visiontrim.evaluate.items import Item
 from visiontrim.evaluate.records import Record, read_json, read_lines
 
 SHEETS = (".xlsx", ".csv", ".tsv")
-IDS = ("question_id", "id", "index", "questionId")
+IDS = ("question_id", "id", "index", "questionId", "image")
+"""The last where a picture has one question, as in uploads of VizWiz."""
 TEXTS = ("text", "pred", "prediction", "answer")
 
 
@@ -50,7 +51,9 @@ def read_given(path: Path) -> list[Given]:
         return [_given(row) for row in read_sheet(path)]
     if path.suffix == ".json" and isinstance(found := read_json(path), dict):
         record = Record(found, str(path))
-        return [Given(name, record.text(name), None) for name in found]
+        if "outputs" in record and "results" in record:  # of ScienceQA's tool: the answers beside what they say
+            record = record.one("outputs")
+        return [Given(str(name), record.text(name), None) for name in record.fields]
     return [_given(row) for row in read_lines(path)]
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.asking import PLAIN, Cell, Examiner
-from visiontrim.evaluate.benchmarks.base import Benchmark, save_lines, save_text
-from visiontrim.evaluate.evaluation import Block, preamble
+from visiontrim.evaluate.benchmarks.base import Benchmark, save_json, save_lines, save_text
+from visiontrim.evaluate.evaluation import CONTROLS, Block, preamble
+from visiontrim.evaluate.evidence import evidence
 from visiontrim.evaluate.examples import examples
+from visiontrim.evaluate.frontier import frontier
 from visiontrim.evaluate.report import Section, markdown, page, sections
 from visiontrim.evaluate.scores import Answers
 
-ANSWERS, UPLOADS = "answers", "uploads"
+ANSWERS, UPLOADS, SCORES = "answers", "uploads", "scores.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,12 @@ def write(
     :class:`TrimError` where a file cannot be written.
     """
     scored = [(block, block.scores(answers)) for block in blocks]
-    found = [section for block, scores in scored for section in sections(block, answers, scores)]
+    found = []
+    for block, scores in scored:
+        found += [*sections(block, answers, scores), *frontier(block, scores), *evidence(block, answers)]
     block = blocks[0]
-    if illustrated and len(block.methods) > 2:
-        ours = "visiontrim" if "visiontrim" in block.methods else block.methods[2]
-        found += examples(examiner, answers, Cell(ours, block.keeps[-1]), Cell("random", block.keeps[-1]))
+    if illustrated and block.main not in CONTROLS:
+        found += examples(examiner, answers, Cell(block.main, block.keeps[-1]), Cell("random", block.keeps[-1]))
     _save_pictures(folder, found)
     title = f"{examiner.suite.name}, answered by {examiner.speaker.name}"
     text = preamble(answers, examiner, command)
@@ -64,7 +67,11 @@ def write(
         "notes": [*examiner.suite.notes, *dict.fromkeys(notes)],
         "plain": answers.whole.to_dict(),
         "scores": rows,
+        "draws": [
+            answers.score(cell).to_dict() for block in blocks for keep in block.keeps for cell in block.draws(keep)
+        ],
     }
+    save_json(numbers, folder / SCORES, indent=1)
     return Written(markdown(title, text, found[:1] if illustrated else found), numbers, (*tables, folder / ANSWERS))
 
 

@@ -7,6 +7,7 @@ a judge made it. The numbers are facts of ``published.yaml``; nothing here was m
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,32 @@ def setting(model: str, method: str, tokens: int) -> Setting:
     number = round(tokens * own.get("share", 1))
     call = str(facts.get(tokens) or own.get("call") or facts["call"]).format(tokens=number)
     return Setting(method, tokens, call, own.get("per", "image"), facts.get("note", ""))
+
+
+def averages(model: str) -> dict[str, dict[int, float]]:
+    """Mean retention in % by method and number of tokens, the first that is printed; the plain model is left out."""
+    found: dict[str, dict[int, float]] = {}
+    for table in _facts()["tables"]:
+        if table["model"] == model:
+            for row in table["rows"]:
+                if "average" in row and row["method"] != "none":
+                    found.setdefault(row["method"], {}).setdefault(row["tokens"], float(row["average"]))
+    for row in _facts()["averages"].get(model, []):
+        for tokens, value in row.items():
+            if isinstance(tokens, int):
+                found.setdefault(row["method"], {}).setdefault(tokens, float(value))
+    return found
+
+
+def held_out() -> list[str]:
+    """Methods whose averages nothing may be tuned by."""
+    return list(_facts()["held_out"])
+
+
+def call(method: str) -> str:
+    """The method as its paper has it, without ``keep``, which is the mean of tokens per layer."""
+    text = str(_facts()["calls"].get(method, {}).get("call", method))
+    return re.sub(r"keep=\{tokens\},?", "", text).rstrip(":,")
 
 
 def _row(table: Mapping[str, Any], row: Mapping[str, Any], plain: list[float | None] | None) -> list[Cell]:

@@ -97,24 +97,27 @@ def _details(block: Block, answers: Answers, keep: Amount, by: Cells) -> Section
         "agrees with plain",
         "tokens per layer",
         "answer length",
+        "time",
         "method time",
     )
     rows = []
     for method in block.methods:
         score = by[method, keep]
         if score.score is None or score.agreement is None or score.method_time is None or score.length is None:
-            rows.append((f"`{method}`", *["-"] * 7))
+            rows.append((f"`{method}`", *["-"] * 8))
             continue
         retention = (
             "-" if score.retention is None else f"{100 * score.retention:.1f}{_ends(score.retention_interval, 100)}"
         )
         mean = "-" if score.mean is None else f"{score.mean:.1f}"
         numbers = (f"{score.score:.1f}", retention, "" if score.gain is None else _gain(score))
-        rest = (f"{100 * score.agreement:.1f}", mean, f"{score.length:.1f}", f"{100 * score.method_time:.1f} %")
+        taken = "-" if score.time is None else f"{score.time:.2f}"
+        rest = (f"{100 * score.agreement:.1f}", mean, f"{score.length:.1f}", taken, f"{100 * score.method_time:.1f} %")
         rows.append((f"`{method}`", *numbers, *rest))
     text = (
         "Retention and agreement in %, with 95 % intervals; the difference to random is of the same questions; "
-        "length in tokens; time of the method's own work in % of the plain model's prefill."
+        "length in tokens; time of a question as a share of the plain model's, median over batches; the method's own "
+        "work in % of the plain model's prefill."
     )
     best = _best([[by[method, keep].score] for method in block.methods], block)
     return Section(f"At {keep} tokens per layer", text, header, tuple(rows), controls=_controls(block), best=best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class Score:
     per_layer: tuple[float, ...] = ()
     method_time: float | None = None
     """Time of the method's own work over that of the plain model's prefill."""
+    time: float | None = None
+    """Time of vision, method, prefill and answer over that of the plain model, the median over batches."""
     length: float | None = None
     """Mean tokens of an answer."""
     by_type: Mapping[str, float] = field(default_factory=dict)
@@ -84,6 +87,8 @@ class Answers:
     def __init__(self, suite: Suite, batches: Sequence[Sequence[Item]], rows: Mapping[Cell, Sequence[Row]]) -> None:
         self.items = [item for batch in batches[: len(rows[Cell(PLAIN, None)])] for item in batch]
         self.rows = rows
+        self._places: list[int] | None = None
+        """Of the questions among those of the rows; None for all."""
         self.plain = self.texts(Cell(PLAIN, None))
         self.labelled = sum(bool(item.answers) for item in self.items)
         """Questions whose right answer is known."""
@@ -108,11 +113,13 @@ class Answers:
         return next((row.error for row in self.rows[cell] if row.error), "")
 
     def texts(self, cell: Cell) -> list[str]:
-        return [text for row in self.rows[cell] for text in row.predictions]
+        texts = [text for row in self.rows[cell] for text in row.predictions]
+        return texts if self._places is None else [texts[place] for place in self._places]
 
     def lengths(self, cell: Cell) -> list[int]:
         """Tokens of each answer."""
-        return [length for row in self.rows[cell] for length in row.lengths]
+        lengths = [length for row in self.rows[cell] for length in row.lengths]
+        return lengths if self._places is None else [lengths[place] for place in self._places]
 
     def right(self, cell: Cell) -> Float[np.ndarray, " items"]:
         """What each answer is worth by itself, 0 to 1; without labels, whether it is the plain model's."""
@@ -152,9 +159,16 @@ class Answers:
             mean=float(np.mean(layers)) if layers else None,
             per_layer=layers,
             method_time=sum(row.seconds["method"] for row in rows) / self._prefill,
+            time=self._time(rows),
             length=float(np.mean(self.lengths(cell))),
             by_type=self._by_type(texts),
         )
+
+    def _time(self, rows: Sequence[Row]) -> float | None:
+        """Of the batches with pictures, each beside the plain model's time for the same batch."""
+        pairs = zip(rows, self.rows[Cell(PLAIN, None)], strict=True)
+        shares = [sum(row.seconds.values()) / sum(plain.seconds.values()) for row, plain in pairs if row.per_layer]
+        return float(np.median(shares)) if shares else None
 
     def _layers(self, cell: Cell) -> tuple[float, ...]:
         """Mean vision tokens of an image in each layer, of the questions with pictures."""
@@ -163,6 +177,18 @@ class Answers:
             return ()
         weights = [len(row.predictions) for row in rows]
         return tuple(np.average([row.per_layer for row in rows], axis=0, weights=weights).tolist())
+
+    def where(self, chosen: Sequence[bool]) -> Answers:
+        """The answers to the ``chosen`` questions alone: scores, intervals and groups are of these, times of all."""
+        found = copy.copy(self)
+        places = [number for number, wanted in enumerate(chosen) if wanted]
+        found.items = [self.items[number] for number in places]
+        found._places = places if self._places is None else [self._places[number] for number in places]
+        found.plain = found.texts(Cell(PLAIN, None))
+        found.labelled = sum(bool(item.answers) for item in found.items)
+        found._groups = numbered(found.items)
+        found._samples = {}
+        return found
 
     def _by_type(self, texts: Sequence[str]) -> dict[str, float]:
         found: dict[str, float] = {}

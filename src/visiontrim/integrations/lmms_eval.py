@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 from PIL import Image
@@ -118,12 +119,15 @@ class VisionTrimModel(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise TrimError("tasks of several rounds are not supported: choose tasks that generate once")
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Mean loss of each answer, which lmms-eval ranks from the lowest on, and whether it is the greedy one."""
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        """Mean loss of each answer, which lmms-eval ranks from the lowest on, and whether it is the greedy one.
+
+        Each pair in a wrapping that lmms-eval takes off: of a bare pair 0.7.3 makes a text, which no task can score.
+        """
         found = []
         for request in tqdm(requests, desc=str(self._method)):
             context, target, doc_to_visual, doc_id, task, split = request.args
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
             item = self._item((context, None, doc_to_visual, doc_id, task, split))
-            found.append(likelihood(self._speaker, item, answer, self._method))
+            found.append(GenerationResult(likelihood(self._speaker, item, answer, self._method)))
         return found

@@ -78,11 +78,14 @@ class Way:
     """Name of the way that is the ideal of this one."""
 
 
-def bench(subject: Subject, methods: Sequence[Method], load: Load) -> list[dict[str, Any]]:
+def bench(
+    subject: Subject, methods: Sequence[Method], load: Load, progress: Callable[[int, int], object] | None = None
+) -> list[dict[str, Any]]:
     """A row for the plain model, for every method, and for the ideal of every size; ready for JSON.
 
     The ways take turns, and every round begins with another one, so that all see the same machine. Times are
-    [lower quartile, median, upper quartile] of all rounds. Ratios are those of a ratio in each round.
+    [lower quartile, median, upper quartile] of all rounds. Ratios are those of a ratio in each round. ``progress`` is
+    told how many calls of how many are done, between two of them.
     """
     ways = _ways(subject, methods, load)
     model: Any = subject.model
@@ -90,12 +93,16 @@ def bench(subject: Subject, methods: Sequence[Method], load: Load) -> list[dict[
     timer = time.process_time if load.cpu_time else time.perf_counter
     samples: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
     kept: dict[str, int] = {}
+    done = 0
     for turn in range(load.warmup + load.rounds):
         for way in (*ways[turn % len(ways) :], *ways[: turn % len(ways)]):
             clock = Clock(model, timer)
             with torch.inference_mode(), way.opened(clock), clock:
                 output = model.generate(**way.inputs, **options, return_dict_in_generate=True)
             kept[way.name] = cache_bytes(given_cache(output))
+            done += 1
+            if progress is not None:
+                progress(done, len(ways) * (load.warmup + load.rounds))
             if turn >= load.warmup:
                 seconds = clock.seconds
                 seconds["decode"] /= max(load.answer - 1, 1)

@@ -8,6 +8,7 @@ model, which exists on the "meta" device alone. docs/cost.md has the formula.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from visiontrim.run import trim
 
 _WEIGHTED = (F.linear, F.conv2d, F.conv3d)
 """Functions that multiply with a weight [channels out, ...]."""
+SAMPLE = 60
+"""Text tokens that the stand-in reads at most; what further ones cost is arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Cost:
     """Bytes of all keys and values after the prefill."""
     kv_answer: int
     """Bytes of all keys and values at the end: all but the last token of the answer are cached by then."""
+    weights: int
+    """Bytes of all weights, those of every expert included: what has to lie in memory."""
 
     @property
     def flops(self) -> int:
@@ -79,6 +84,7 @@ class Counter(TorchFunctionMode):
             for name, parameter in standin.model.named_parameters()
         }
         self._heads = {"vision": _encoder_width(real), "decoder": math.prod(_heads(real))}
+        self._experts = dict(_experts(real.model))
         self._last = "vision"
         self._off = 0
         self.flops = {"vision": 0, "decoder": 0, "head": 0}
@@ -86,6 +92,31 @@ class Counter(TorchFunctionMode):
     @staticmethod
     def _part(name: str, in_decoder: bool) -> str:
         return "decoder" if in_decoder else "head" if name.startswith("lm_head") else "vision"
+
+    @contextmanager
+    def routed(self, model: Any) -> Iterator[None]:
+        """While ``model``, the stand-in, runs: a token counts for the experts it is sent to, and for no others."""
+        handles = []
+
+        def enter(name: str, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            self.flops["decoder"] += 2 * self._experts[name] * chosen.numel()
+            self._last = "decoder"
+            self._off += 1
+
+        def leave(*_: Any) -> None:
+            self._off -= 1
+
+        for name, module in model.named_modules():
+            if name in self._experts:
+                hook = functools.partial(enter, name)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -121,10 +152,8 @@ def costs(
 
     Every row of the batch has one picture of ``shape`` and ``text`` text tokens, and gets ``answer`` tokens. Weights
     are random: methods that let the content decide how many tokens stay show a number of no meaning. Raises
-    :class:`TrimError` for what cannot work, and for mixtures of experts.
+    :class:`TrimError` for what cannot work. Of a mixture of experts those that a token is sent to count.
     """
-    if getattr(shape.config.text_config, "num_experts", None):
-        raise TrimError(f"{shape.name} is a mixture of experts, of which the formula knows nothing: give a dense model")
     for name, number in (("answer", answer), ("batch", batch)):
         if number < 1:
             raise TrimError(f"{name}={number}: give at least 1")
@@ -132,25 +161,51 @@ def costs(
         torch.manual_seed(seed)
         standin = family_of(shape.narrow().build("cpu", torch.float32, "sdpa"))
     real = family_of(shape.build("meta", shape.dtype))
-    inputs = noise_prompt(standin, shape.picture, text, 1, seed)
-    return [_cost(real, standin, inputs, method, answer, batch) for method in methods]
+    counted = min(text, SAMPLE)
+    inputs = noise_prompt(standin, shape.picture, counted, 1, seed)
+    return [_cost(real, standin, inputs, method, answer, batch, text - counted) for method in methods]
 
 
 @torch.inference_mode()
-def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: Method, answer: int, batch: int) -> Cost:
+def _cost(
+    real: Family, standin: Family, inputs: Mapping[str, Tensor], method: Method, answer: int, batch: int, more: int
+) -> Cost:
+    """``more`` text tokens than ``inputs`` have are counted by the formula that what runs has to agree with."""
     counter = Counter(real, standin)
-    with trim(standin.model, method, clock=counter) as run, counter:
+    with trim(standin.model, method, clock=counter) as run, counter.routed(standin.model), counter:
         standin.model(**inputs, use_cache=True, logits_to_keep=1)
-    report, cached, flops = run.report, run.trace.cache_lengths, counter.flops
+    report, flops = run.report, counter.flops
+    cached = [length for layer, length in enumerate(run.trace.cache_lengths) if layer not in real.recurrent]
     text = run.trace.widths[0] - round(report.per_layer[0])
     config = real.language_model.config
     heads, head_dim = _heads(real)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     token = 2 * kv_heads * head_dim * real.model.dtype.itemsize  # bytes of a token in one layer
-    weights = [parameter for parameter in real.language_model.layers.parameters() if parameter.ndim > 1]
+    if more:
+        trace, wide = run.trace, 4 * heads * head_dim
+        sizes = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in _layers(real)]
+        rows = list(zip(sizes, trace.widths, trace.attended, trace.cache_lengths, strict=True))
+        found = sum(2 * size * width + wide * queries * keys for size, width, queries, keys in rows)
+        if real.recurrent or found != flops["decoder"]:
+            raise TrimError(
+                f"{real.model.config.model_type} has decoder layers of which the formula knows nothing: give at most "
+                f"{SAMPLE} text tokens"
+            )
+        flops["decoder"] = sum(
+            2 * size * (width + more) + wide * (queries + more) * (keys + more) for size, width, queries, keys in rows
+        )
+        cached = [length + more for length in cached]
+        text += more
+    layers = real.language_model.layers
+    weights = sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim > 1)
+    sent = getattr(real.language_model.config, "num_experts_per_tok", None) or 0
+    held = {name: module.num_experts for name, module in layers.named_modules() if hasattr(module, "num_experts")}
+    idle = sum(size * (held[name] - sent) for name, size in _experts(layers))
+    # torch counts no step of linear attention: neither its convolution nor its state
+    convolutions = sum(module.weight.numel() for module in layers.modules() if isinstance(module, torch.nn.Conv1d))
     steps = answer - 1
     keys = sum(steps * length + steps * (steps + 1) // 2 for length in cached)
-    step = 2 * sum(weight.numel() for weight in weights) + 2 * real.model.lm_head.weight.numel()
+    step = 2 * (weights - idle - convolutions) + 2 * real.model.lm_head.weight.numel()
     return Cost(
         method=str(method),
         vision_tokens=report.kept_tokens,
@@ -162,7 +217,20 @@ def _cost(real: Family, standin: Family, inputs: Mapping[str, Tensor], method: M
         kv_vision=batch * token * (sum(cached) - len(cached) * text),
         kv_prompt=batch * token * sum(cached),
         kv_answer=batch * token * (sum(cached) + len(cached) * steps),
+        weights=sum(parameter.numel() for parameter in real.model.parameters()) * real.model.dtype.itemsize,
     )
+
+
+def _layers(family: Family) -> list[Any]:
+    return list(family.language_model.layers)
+
+
+def _experts(model: Any) -> Iterator[tuple[str, int]]:
+    """(name, numbers of one expert) of every module that holds the experts of a layer as weights [experts, out, in]."""
+    for name, module in model.named_modules():
+        stacked = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+        if stacked and hasattr(module, "num_experts"):
+            yield name, sum(parameter[0].numel() for parameter in stacked)
 
 
 def _heads(family: Family) -> tuple[int, int]:

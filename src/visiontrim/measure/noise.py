@@ -28,6 +28,7 @@ def noise_prompt(family: Family, picture: Picture, text: int, batch: int, seed: 
         torch.manual_seed(seed)
         one = family.noise(picture)
         words = torch.randint(FIRST_WORD, _words(family), (text,))
+    words[torch.isin(words, torch.tensor(_special(family)))] = FIRST_WORD
     one = {key: _placed(value, model) for key, value in one.items()}
     output = getattr(family.core, f"get_{kind}_features")(**one).pooler_output
     parts = [output] if isinstance(output, Tensor) else list(output)
@@ -41,9 +42,7 @@ def noise_prompt(family: Family, picture: Picture, text: int, batch: int, seed: 
     ids = ids.expand(batch, -1).to(model.device)
     inputs = {key: torch.cat([value] * batch) for key, value in one.items()}
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family.mrope:
-        inputs["mm_token_type_ids"] = family.placeholders(ids).long() * (1 if kind == "image" else 2)
-    return inputs
+    return inputs | family.along(ids, kind)
 
 
 def _words(family: Family) -> int:
@@ -51,6 +50,12 @@ def _words(family: Family) -> int:
     config = family.model.config
     special = [getattr(config, f"{kind}_token_id") for kind in family.kinds]
     return min([config.text_config.vocab_size, *(token for token in special if token > FIRST_WORD)])
+
+
+def _special(family: Family) -> list[int]:
+    """Ids that the configuration names, which may mean more to a model than a word."""
+    named = [value for key, value in family.model.config.to_dict().items() if "token_id" in key]
+    return [token for value in named for token in (value if isinstance(value, list) else [value]) if token is not None]
 
 
 def _placed(value: Tensor, model) -> Tensor:

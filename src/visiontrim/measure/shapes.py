@@ -14,11 +14,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from visiontrim import zoo
 from visiontrim.core.errors import TrimError
+from visiontrim.models.checkpoints import check_there, loaded
 from visiontrim.models.family import Picture
 
 PRESETS = Path(__file__).parent.parent / "presets"
 """One JSON file a preset: the checkpoint that it describes, its picture, and facts of its configuration."""
 BUNDLED = "bundled"
+MOST_PIXELS = 2**26
+"""Of a picture or of all frames of a video: they are made as noise, in about 30 bytes a pixel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +40,23 @@ class Shape:
         Raises :class:`TrimError` for what is none of these.
         """
         if name == BUNDLED:
-            return cls._of_config(name, AutoConfig.from_pretrained(zoo.MODEL_DIR))
+            return cls.of_config(name, AutoConfig.from_pretrained(zoo.MODEL_DIR))
         path = PRESETS / f"{name}.json"
         if path.parent == PRESETS and path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             config = AutoConfig.for_model(**content["config"])
             return cls(name, content["checkpoint"], config, Picture(**content["picture"]))
-        unknown = TrimError(
-            f"{name!r} is no preset, directory or hub name of a configuration: presets are {', '.join(preset_names())}"
-        )
         if "/" not in name and not Path(name).exists():
-            raise unknown
-        try:
-            return cls._of_config(name, AutoConfig.from_pretrained(name))
-        except (OSError, ValueError, KeyError) as error:
-            raise unknown from error
+            raise TrimError(
+                f"{name!r} is no preset, directory or hub name of a configuration: presets are "
+                f"{', '.join(preset_names())}"
+            )
+        check_there("configuration of", name, checkpoints())
+        return cls.of_config(name, loaded("configuration of", name, AutoConfig.from_pretrained))
 
     @classmethod
-    def _of_config(cls, name: str, config: PreTrainedConfig) -> Shape:
+    def of_config(cls, name: str, config: PreTrainedConfig) -> Shape:
+        """That of a configuration. Raises :class:`TrimError` for one of a model that sees no pictures."""
         vision: Any = getattr(config, "vision_config", None)
         if vision is None:
             raise TrimError(
@@ -65,7 +67,12 @@ class Shape:
         return cls(name, name, config, Picture(height, width))
 
     def seeing(self, height: int, width: int, frames: int) -> Shape:
-        """The same model with pictures of another size."""
+        """The same model with pictures of another size. Raises :class:`TrimError` for more than ``MOST_PIXELS``."""
+        if (pixels := height * width * max(frames, 1)) > MOST_PIXELS:
+            raise TrimError(
+                f"{height} x {width} x {max(frames, 1)} are {pixels:,} pixels: give at most {MOST_PIXELS:,}, or a part "
+                "of the video"
+            )
         return replace(self, picture=Picture(height, width, frames))
 
     @property
@@ -80,7 +87,9 @@ class Shape:
         torch.set_default_dtype(dtype)  # so that no tensor is made in a wider type first
         try:
             with torch.device(device):
-                return AutoModelForImageTextToText.from_config(self.config, attn_implementation=attention).eval()
+                return AutoModelForImageTextToText.from_config(
+                    self.config, dtype=dtype, attn_implementation=attention
+                ).eval()
         finally:
             torch.set_default_dtype(before)
 
@@ -118,6 +127,11 @@ class Shape:
         return replace(self, config=config)
 
 
+def checkpoints() -> list[str]:
+    """Hub names of the checkpoints that presets describe."""
+    return sorted({json.loads(path.read_text(encoding="utf-8"))["checkpoint"] for path in PRESETS.glob("*.json")})
+
+
 def preset_names() -> list[str]:
     """Names of all presets."""
     return sorted(path.stem for path in PRESETS.glob("*.json"))
@@ -128,6 +142,8 @@ _HEAD_DIM = _WIDTH // _HEADS
 _NARROW_TEXT = {
     "hidden_size": _WIDTH,
     "intermediate_size": _WIDTH,
+    "moe_intermediate_size": _WIDTH,
+    "shared_expert_intermediate_size": _WIDTH,
     "num_attention_heads": _HEADS,
     "num_key_value_heads": _HEADS,
     "head_dim": _HEAD_DIM,

@@ -33,7 +33,7 @@ class ADSC(Cascade):
 
     name: ClassVar[str] = "adsc"
     summary: ClassVar[str] = "thins out the tokens evenly in stages (a reading, without its training)"
-    paper: ClassVar[str] = "arXiv 2602.12618"
+    paper: ClassVar[str] = "arXiv 2602.12618; a reading, untrained"
 
     @property
     def depths(self) -> tuple[Depth, ...]:

@@ -74,3 +74,18 @@ def with_clusters(
     assignment = place.scatter(1, rest, merged.assignment + first).scatter(1, index, ordinals)
     features = torch.cat([gather(view.content, alone), merged.features], 1)
     return Keep(index, features, assignment=assignment, complement=ordinals >= first)
+
+
+def in_raster_order(keep: Keep) -> Keep:
+    """The same outputs by ascending index."""
+    order = keep.index.argsort(1)
+
+    def sorted_(values: Tensor | None) -> Tensor | None:
+        return None if values is None else gather(values, order)
+
+    assignment = keep.assignment
+    if assignment is not None:
+        place = order.argsort(1).gather(1, assignment.clamp(min=0))
+        assignment = torch.where(assignment < 0, -1, place)
+    index = keep.index.gather(1, order)
+    return Keep(index, sorted_(keep.features), assignment, sorted_(keep.complement), sorted_(keep.projected))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from visiontrim.core.errors import TrimError
@@ -19,9 +20,16 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_fields(method: Method) -> None:
-    """Raise :class:`TrimError` if a field of ``method`` declared as a Literal, bool, int or float has no such value."""
+    """Raise :class:`TrimError` if a field of ``method`` has no value of its type.
+
+    Types are Literal, bool, int, float, tuples of floats, and any of these or None; others have checks of their own.
+    """
     for name, hint in _hints(type(method)).items():
         value = getattr(method, name)
+        if get_origin(hint) is UnionType and len(of := [part for part in get_args(hint) if part is not NoneType]) == 1:
+            if value is None:
+                continue
+            (hint,) = of
         if get_origin(hint) is Literal:
             choices = ", ".join(map(repr, get_args(hint)))
             require(value in get_args(hint), f"{name}={value!r} is no choice: choose from {choices}")
@@ -30,5 +38,17 @@ def check_fields(method: Method) -> None:
         elif hint is int:
             require(type(value) is int, f"{name}={value!r}: give a whole number")
         elif hint is float:
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            require(number, f"{name}={value!r}: give a number")
+            require(_finite(value), f"{name}={value!r}: give a number")
+        elif get_origin(hint) is tuple and float in get_args(hint):
+            fits = isinstance(value, tuple) and all(map(_finite, value))
+            require(fits, f"{name}={value!r}: give a list of numbers")
+
+
+def check_seed(seed: object) -> None:
+    """Raise :class:`TrimError` unless torch's generators take ``seed``."""
+    fits = type(seed) is int and -(2**63) <= seed < 2**64
+    require(fits, f"seed={seed!r} is no seed: give a whole number from 0 to 2^64 - 1")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

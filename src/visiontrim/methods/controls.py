@@ -10,10 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from visiontrim.core.budget import Amount, check_amount
-from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, Method, Site, Step, VisionOutput
 from visiontrim.core.registry import register
 from visiontrim.core.view import Keep, View
+from visiontrim.methods.checks import check_seed
 from visiontrim.methods.schedule import Scheduled
 from visiontrim.ops.select import even_stride, gather, uniform_stride
 
@@ -37,6 +37,8 @@ class _Control(Step):
     """Tokens of each image that go on, as a number or as a fraction of those that arrive."""
     layer: int | None = None
     """Decoder layer before which tokens are removed; None removes them at the output of the vision encoder."""
+
+    also_at: ClassVar[tuple[type, ...]] = (DecoderLayer,)
 
     def __post_init__(self) -> None:
         check_amount(self.keep)
@@ -62,8 +64,7 @@ class Random(_Control):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TrimError(f"seed={self.seed!r} is no seed: give an int")
+        check_seed(self.seed)
 
     def select(self, view: View) -> Keep:
         batch, tokens = view.features.shape[:2]
@@ -100,6 +101,10 @@ class Fade(Scheduled):
     summary: ClassVar[str] = "random, uniform or averaged tokens by LUVC's schedule"
     paper: ClassVar[str] = "control"
     merges: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
 
     def choose(self, view: View, count: int) -> Keep:
         batch, tokens = view.features.shape[:2]

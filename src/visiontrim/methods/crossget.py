@@ -9,7 +9,9 @@ attention that it receives, plus the attention that the cross token pays to it; 
 **Not the trained method**: the published results need cross tokens that were learned and a fine-tuned model. Here the
 cross tokens are zero, so the cross token is a running copy of [CLS] and its attention that of [CLS]; the copy itself is
 left out of the sequence (in the original it counts twice in every softmax, and enters the language model). Without
-[CLS] the second term is missing. Tokens merge between layers, as in :mod:`.tome`.
+[CLS] the second term is missing. Tokens merge between layers, as in :mod:`.tome`. Two tokens that are nearest to each
+other tie exactly in the ranking, and the original leaves their order to an unstable sort; here the lower index is
+first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DART: keep the tokens that resemble a few pivots least.
 
 "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, arXiv
-2502.11494; github.com/ZichenWen1/DART, whose licence we could not check, so nothing is taken from it.
+2502.11494. Official code: ZichenWen1/DART, Apache-2.0 by its README; a copy of it stands in Chenfei-Liao/VTC-Bench.
 
 Before decoder layer K, the 4 vision tokens and the 4 text tokens after the image with the largest L1 norm of their key
 in layer K - 1 (all heads, position-encoded) are pivots. For each pivot in turn, the tokens whose hidden state, after

@@ -8,7 +8,9 @@ away, each next one the patch farthest from its nearest pick. They go on in rast
 Published: 9.8 % of the patches, which matches the FLOPs of other methods; 192, 128, 64 by others.
 
 Differences: the authors' tables were made with the picks in the order of their choice, their released code sorts them,
-as here. Distances are float32 (half precision there, which may pick a patch twice).
+as here. Distances are float32 (half precision there, which may pick a patch twice). On LLaVA-NeXT it chooses once among
+the patches of overview and tiles together, newlines included; here each segment has its share, and of 320 of 2,880
+tokens 224 to 231 are the same.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from visiontrim.core.signals import Signal
 from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep
 from visiontrim.ops.diverse import max_min_picks
+from visiontrim.ops.greedy import centred
 
 
 @register
 @dataclass(frozen=True)
 class DivPrune(EncoderStep):
+    centred: bool = False
+    """Whether cosines are of the patches minus their mean (Cen-Prune, arXiv 2608.30263)."""
+
     name: ClassVar[str] = "divprune"
     summary: ClassVar[str] = "keeps the patches that are farthest from each other"
     paper: ClassVar[str] = "arXiv 2503.02175, CVPR 2025"
@@ -35,4 +41,5 @@ class DivPrune(EncoderStep):
         return frozenset({"encoder.projected"})
 
     def choose(self, view: View, count: int) -> Keep:
-        return Keep(max_min_picks(view.encoder.projected, count).sort(1).values)
+        projected = view.encoder.projected
+        return Keep(max_min_picks(centred(projected) if self.centred else projected, count).sort(1).values)

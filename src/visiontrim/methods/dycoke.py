@@ -61,6 +61,8 @@ class DyCoke(EncoderStep):
     name: ClassVar[str] = "dycoke"
     summary: ClassVar[str] = "one frame of four whole, and of the others what differs from it"
     paper: ClassVar[str] = "arXiv 2411.15024, CVPR 2025"
+    for_videos: ClassVar[bool] = True
+    also_at: ClassVar[tuple[type, ...]] = (Decoding,)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,8 +13,9 @@ and MLP only: the cache holds all 576 tokens, and decoding is that of the plain 
 and the language model sees each merged token once, at the slot nearest to its members' mean place ("without VTU" in
 the release). Any other method that merges has it as ``vt.trim(..., positions="unmerged")``.
 
-Other differences: those of :mod:`.tome`. Pictures that the encoder gets in one call must agree on their counts, so one
-image at a time (the original takes a batch of one, too).
+Other differences: those of :mod:`.tome`. Of the 24 blocks that the release spreads 384 merges over ("192out"), 16 each,
+LLaVA uses 23, so that its own counts leave 208 tokens; here 192 are 192. Pictures that the encoder gets in one call
+must agree on their counts, so one image at a time (the original takes a batch of one, too).
 """
 
 from __future__ import annotations

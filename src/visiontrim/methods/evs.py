@@ -42,6 +42,7 @@ class EVS(EncoderStep):
     name: ClassVar[str] = "evs"
     summary: ClassVar[str] = "drops the places of a video that do not change"
     paper: ClassVar[str] = "arXiv 2510.14624"
+    for_videos: ClassVar[bool] = True
 
     @property
     def positions(self) -> Positions:

@@ -16,14 +16,19 @@ MIT.
 Published: keep 0.10 of 32 x 196 tokens, 12 salient and 7 context tokens a frame. Survivors keep their position ids. An
 image is one segment of one frame.
 
-``members="all"``: context tokens are among those that go (the authors' parallel version, for LLaVA-OneVision);
-``"others"``: they are not (their versions for LLaVA-Video and Qwen2.5-VL).
+``members="all"``: context tokens are among those that go (the authors' parallel version, for LLaVA-OneVision).
+``"others"``: a frame's own are not (their versions for LLaVA-Video and Qwen2.5-VL), those of the segment's other frames
+are; and a segment of T tokens has int(``context`` T) context tokens, of which those that do not divide go to its last
+such frames, as salient ones do to its first frames.
 
 Differences: on LLaVA the original ranks by the pooling head of SigLIP, which these models ship without, and describes
-frames by its output; the above is what it has for Qwen2.5-VL. Counts are exact: the frames' differ by one at most, what
-does not divide goes to the first frames of a segment, and where a frame has no tokens left for its part, the most
-salient others take it. No noise breaks ties in the density. Segments that ignore static frames, an extra of the version
+frames by its output; the above is what it has for Qwen2.5-VL. Counts are exact: with ``members="all"`` what does not
+divide goes to the first frames of a segment, and where a frame has no tokens left for its part, the most salient others
+take it. No noise breaks ties in the density. Segments that ignore static frames, an extra of the version
 for Qwen2.5-VL, are not built.
+
+All tokens of a segment are compared with all its context tokens: with ``keep`` as a fraction the work grows with the
+square of a segment's tokens, with a number linearly.
 """
 
 from __future__ import annotations
@@ -44,7 +49,6 @@ from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep, by_frame, cls_attention
 from visiontrim.methods.checks import require
 from visiontrim.ops.frames import cut_at_changes
-from visiontrim.ops.groups import nearest_counts
 from visiontrim.ops.recycle import density_peaks
 from visiontrim.ops.select import even_shares, top_k
 
@@ -68,11 +72,12 @@ class FastVID(EncoderStep):
     beta: float = 0.6
     """Weight of a context token among what it absorbs; 1 only selects."""
     members: Literal["all", "others"] = "all"
-    """Whether context tokens are among those that are absorbed."""
+    """Whether a frame's own context tokens are among those that they absorb, and how segments share out counts."""
 
     name: ClassVar[str] = "fastvid"
     summary: ClassVar[str] = "salient tokens of every frame, and dense ones that absorb their segment"
     paper: ClassVar[str] = "NeurIPS 2025, OpenReview 2xS4VtpApy"
+    for_videos: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -91,47 +96,91 @@ class FastVID(EncoderStep):
 
     def choose(self, view: View, count: int) -> Keep:
         tokens = by_frame(view, view.projected_content)
-        videos = zip(tokens, cls_attention(view).view(tokens.shape[:3]), strict=True)  # each has segments of its own
-        answers = [self._of_video(video, score, count) for video, score in videos]
+        whole = F.normalize(tokens.detach().mean(2), dim=-1)
+        alike = (whole[:, 1:] * whole[:, :-1]).sum(-1).cpu()  # the only stop
+        videos = zip(tokens, cls_attention(view).view(tokens.shape[:3]), alike, strict=True)  # each has its segments
+        answers = [self._of_video(*video, count) for video in videos]
         index, values, absorbed = (torch.stack(parts) for parts in zip(*answers, strict=True))
         return Keep(index, complement=absorbed, projected=values.to(view.encoder.projected.dtype))
 
     def _of_video(
-        self, tokens: Float[Tensor, "frames places dim"], score: Float[Tensor, "frames places"], count: int
+        self,
+        tokens: Float[Tensor, "frames places dim"],
+        score: Float[Tensor, "frames places"],
+        alike: Float[Tensor, " pairs"],
+        count: int,
     ) -> tuple[Int[Tensor, " kept"], Float[Tensor, "kept dim"], Bool[Tensor, " kept"]]:
+        """``alike`` is on the CPU: how many tokens every frame has is known without looking at the device."""
         frames, places = score.shape
         quota = even_shares(count, frames)
-        context = [int(self.context * share) for share in quota]
-        rank = score.sort(dim=1, descending=True, stable=True).indices.argsort(1)
-        alone = torch.tensor([share - part for share, part in zip(quota, context, strict=True)], device=score.device)
-        salient = rank < alone[:, None]
-        values, anchors = tokens.clone(), torch.zeros_like(salient)
-        whole = F.normalize(tokens.detach().mean(1), dim=-1)
-        for first, last in cut_at_changes((whole[1:] * whole[:-1]).sum(-1), self.segments, self.threshold):
+        order = score.sort(dim=1, descending=True, stable=True).indices
+        salient, anchors = (torch.zeros(frames * places, dtype=torch.bool, device=score.device) for _ in range(2))
+        flat = tokens.flatten(0, 1)
+        values, unit = flat.clone(), F.normalize(flat.detach(), dim=-1)
+        for first, last in cut_at_changes(alike, self.segments, self.threshold):
             used = list(range(first + (last - first) % PERIOD, last + 1, PERIOD))
-            room = (places - alone[used])[None]
-            wanted = min(sum(context[first : last + 1]), int(room.sum()))
-            parts = nearest_counts(torch.full(room.shape, wanted / len(used), device=room.device), room, wanted)[0]
-            for frame, part in zip(used, parts.tolist(), strict=True):
-                rest = (~salient[frame]).nonzero()[:, 0]
-                if part:
-                    peaks = density_peaks(tokens[frame, rest][None], part, min(NEIGHBOURS, len(rest)))
-                    anchors[frame, rest[peaks.centres[0]]] = True
-            segment = slice(first, last + 1)
-            going = ~salient[segment] if self.members == "all" else ~salient[segment] & ~anchors[segment]
-            for frame in used:
-                values[frame, anchors[frame]] = self._absorb(tokens[frame, anchors[frame]], tokens[segment][going])
+            alone, parts = self._counts(quota[first : last + 1], [frame - first for frame in used], places)
+            rests = []  # of every frame the tokens that are not salient, ascending
+            for frame, share in zip(range(first, last + 1), alone, strict=True):
+                salient[frame * places + order[frame, :share]] = True
+                rests.append(frame * places + order[frame, share:].sort().values)
+            going = torch.cat(rests)
+            for frame, part in zip(used, parts, strict=True):
+                if not part:
+                    continue
+                rest = rests[frame - first]
+                peaks = density_peaks(flat[rest][None].detach(), part, min(NEIGHBOURS, len(rest)))
+                own = rest[peaks.centres[0]]
+                anchors[own] = True
+                values[own] = self._absorb(flat, unit, own, going)
         # a frame that had no room left its part to the most salient of the others
-        index = top_k(score.flatten()[None] + 2 * (salient | anchors).flatten(), count)[0]
-        return index, values.flatten(0, 1)[index], anchors.flatten()[index]
+        index = top_k(score.flatten()[None] + 2 * (salient | anchors), count)[0]
+        return index, values[index], anchors[index]
+
+    def _counts(self, quota: list[int], used: list[int], places: int) -> tuple[list[int], list[int]]:
+        """Salient tokens of every frame of a segment, and context tokens of those of its frames that have any.
+
+        ``quota`` are the tokens of its frames, ``used`` the frames with context tokens.
+        """
+        if self.members == "all":
+            context = [int(self.context * share) for share in quota]
+            alone, total = [share - part for share, part in zip(quota, context, strict=True)], sum(context)
+        else:
+            total = int(self.context * sum(quota))
+            alone = _shared(sum(quota) - total, [places] * len(quota), last=False)
+        return alone, _shared(total, [places - alone[frame] for frame in used], last=self.members == "others")
 
     def _absorb(
-        self, anchors: Float[Tensor, "anchors dim"], going: Float[Tensor, "going dim"]
+        self,
+        tokens: Float[Tensor, "tokens dim"],
+        unit: Float[Tensor, "tokens dim"],
+        own: Int[Tensor, " anchors"],
+        going: Int[Tensor, " going"],
     ) -> Float[Tensor, "anchors dim"]:
-        if not len(anchors) or not len(going):
-            return anchors
-        nearest = (F.normalize(going.detach(), dim=-1) @ F.normalize(anchors.detach(), dim=-1).mT).argmax(-1)
-        inside = F.one_hot(nearest, len(anchors)).float().mT
+        """What the context tokens ``own`` of a frame become when the tokens ``going`` of the segment go to them."""
+        nearest = (unit[going] @ unit[own].mT).argmax(-1)
+        inside = torch.zeros(len(own), len(going), device=tokens.device).scatter(0, nearest[None], 1.0)
+        if self.members == "others":
+            inside = inside.masked_fill(torch.isin(going, own), 0.0)
         number = inside.sum(1, keepdim=True)
         weight = (1 / (1 + number)).clamp(min=self.beta)
-        return weight * anchors + (1 - weight) * (inside @ going) / number.clamp(min=1)
+        return weight * tokens[own] + (1 - weight) * (inside @ tokens[going]) / number.clamp(min=1)
+
+
+def _shared(total: int, room: list[int], *, last: bool) -> list[int]:
+    """``total`` in parts as even as ``room`` allows; what does not divide goes to the ``last`` ones, or to the first.
+
+    Less than ``total`` where there is no room.
+    """
+    parts = [0] * len(room)
+    while total and (open_to := [place for place, most in enumerate(room) if parts[place] < most]):
+        share, rest = divmod(total, len(open_to))
+        if not share:
+            for place in open_to[-rest:] if last else open_to[:rest]:
+                parts[place] += 1
+            break
+        for place in open_to:
+            more = min(share, room[place] - parts[place])
+            parts[place] += more
+            total -= more
+    return parts

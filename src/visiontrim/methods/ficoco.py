@@ -40,7 +40,7 @@ from visiontrim.core.view import Keep, View
 from visiontrim.methods.cascade import Cascade, Stage
 from visiontrim.methods.checks import require
 from visiontrim.ops.select import gather, leftovers, top_k
-from visiontrim.ops.spreading import absorb, head_mean_logits
+from visiontrim.ops.spreading import absorb, head_mean_logits, pick_heads
 
 
 @register
@@ -123,7 +123,7 @@ class FiCoCoL(Cascade):
         kept = top_k((1 - self.beta) * asked_for - self.beta * redundancy, count)
         dropped = leftovers(kept, redundancy.shape[1])
 
-        of_dropped = _pick(queries.tokens, dropped)
+        of_dropped = pick_heads(queries.tokens, dropped)
         to_text = head_mean_logits(of_dropped, keys.text)
         within_text = head_mean_logits(queries.text, keys.text)
         direct, by_text = _shares(head_mean_logits(of_dropped, keys.tokens), to_text, mask)
@@ -136,10 +136,6 @@ class FiCoCoL(Cascade):
         assignment = torch.empty(view.features.shape[:2], dtype=torch.long, device=kept.device)
         assignment = assignment.scatter_(1, kept, ordinals).scatter_(1, dropped, nearest)
         return Keep(kept, merged, assignment)
-
-
-def _pick(heads: Float[Tensor, "batch heads tokens dim"], index: Tensor) -> Float[Tensor, "batch heads picked dim"]:
-    return gather(heads.transpose(1, 2), index).transpose(1, 2)
 
 
 def _shares(

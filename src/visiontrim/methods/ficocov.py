@@ -13,6 +13,8 @@ What "A" is, the paper leaves open: rows of a softmax have the constant mean 1 /
 from scaled logits averaged over heads, a_cls being those of [CLS]; the correlation is their softmax. Without [CLS],
 a_cls is the cosine of a token's key with the mean key (the paper's best choice).
 
+The dropped tokens of a step are compared with all that stay: work and memory of a step grow with the product of both.
+
 Differences. The paper compresses inside a layer, between attention and MLP; here a step stands before the layer that
 follows. Of 24 layers LLaVA uses 23, so steps stand before layers 12 to 22, eleven as in the released code. That code
 swaps the two weights and normalises both terms, spreads a token over one or two others of which some are dropped
@@ -38,7 +40,7 @@ from visiontrim.methods.checks import require
 from visiontrim.methods.matching import Matching
 from visiontrim.ops.matching import Merged
 from visiontrim.ops.select import gather, leftovers, top_k
-from visiontrim.ops.spreading import absorb, head_mean_logits
+from visiontrim.ops.spreading import absorb, head_mean_logits, pick_heads
 from visiontrim.ops.windows import penalise_peaks, windows
 
 
@@ -76,12 +78,14 @@ class FiCoCoV(Matching):
         return frozenset({"encoder.queries", "encoder.keys", "encoder.cls_query"})
 
     def merged(self, view: View, count: int) -> Merged:
-        logits = head_mean_logits(view.encoder.queries, view.encoder.keys)
-        score = self.lamb * logits.mean(-1) - (1 - self.lamb) * _of_cls(view.encoder)
+        queries, keys = view.encoder.queries, view.encoder.keys
+        # logits are linear in the key: the mean of a row is the logit of the mean key, and no full map is made
+        means = head_mean_logits(queries, keys.float().mean(2, keepdim=True))[..., 0]
+        score = self.lamb * means - (1 - self.lamb) * _of_cls(view.encoder)
         dropped = top_k(penalise_peaks(score, *windows(view.coordinates, view.grid, 2)), count)
         kept = leftovers(dropped, score.shape[1])
-        rows = gather(logits, dropped)
-        correlation = rows.gather(2, kept[:, None].expand(-1, count, -1)).softmax(-1)
+        of_dropped, of_kept = pick_heads(queries, dropped), pick_heads(keys, kept)
+        correlation = head_mean_logits(of_dropped, of_kept).softmax(-1)
         features = absorb(gather(view.content, kept).float(), gather(view.content, dropped), correlation, self.eps)
         went_to = torch.zeros(score.shape, dtype=torch.long, device=kept.device)
         went_to.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))

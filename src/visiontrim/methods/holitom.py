@@ -9,14 +9,15 @@ cokeshao/HoliTom, Apache-2.0.
 2. A static place of a window becomes one token, the mean over its frames, where the first frame has it. With M tokens
    left, every frame's other ("dynamic") tokens, and every window's static ones, are thinned out by keep / M.
 3. Dynamic tokens: those stay that receive most attention in the vision encoder, mean over heads and all queries.
-   Static ones: density peaks (7 neighbours) are centres and become ``beta`` centre + (1 - ``beta``) mean of the
-   cluster, centre included.
+   Static ones: density peaks are centres, by as many neighbours as there are centres and at most 7. A centre becomes
+   ``beta`` centre + (1 - ``beta``) mean of the *other* members of its cluster; alone it stays as it is.
 
 Published: keep 0.10 with threshold 0.65; 0.15, 0.20 and 0.25 with 0.80. An image is one window of one frame.
 Positions are consecutive.
 
 Differences: every thinning has its whole number nearest to its share, so that the sum is ``keep``; the original rounds
 each by itself. If ``keep`` is above M, absorbed tokens with most attention stay beside the mean; the original keeps M.
+The frames' static places come to the host once, for the windows; nothing else waits.
 Tokens stay in raster order, where it has the static ones of a window first. No noise breaks ties in the density. Its
 option of contextual tokens among the dynamic ones, off by default, is not built.
 
@@ -30,7 +31,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.budget import Amount, Depth
@@ -47,7 +48,7 @@ from visiontrim.ops.recycle import density_peaks
 from visiontrim.ops.select import top_k
 
 NEIGHBOURS = 7
-"""Tokens that the density of a static token is measured by."""
+"""Tokens at most that the density of a static token is measured by."""
 
 
 @register
@@ -63,6 +64,7 @@ class HoliTom(EncoderStep):
     name: ClassVar[str] = "holitom"
     summary: ClassVar[str] = "static places of the best windows of frames become one, then attention received"
     paper: ClassVar[str] = "arXiv 2505.21334, NeurIPS 2025"
+    for_videos: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -75,50 +77,85 @@ class HoliTom(EncoderStep):
 
     def choose(self, view: View, count: int) -> Keep:
         tokens, scores = by_frame(view, view.projected_content), by_frame(view, view.encoder.column_attention)
-        videos = zip(tokens, scores, strict=True)  # each has windows of its own
-        answers = [self._of_video(tokens, score, count) for tokens, score in videos]
+        seen = tokens.detach()
+        static = (F.cosine_similarity(seen[:, 1:], seen[:, :-1], dim=-1) > self.threshold).cpu()  # the only stop
+        videos = zip(tokens, scores, static, strict=True)  # each has windows of its own
+        answers = [self._of_video(*video, count) for video in videos]
         index, values, assignment = (torch.stack(parts) for parts in zip(*answers, strict=True))
         members = torch.zeros_like(index).scatter_add(1, assignment.clamp(min=0), (assignment >= 0).long())
         return Keep(index, None, assignment, members > 1, projected=values.to(view.encoder.projected.dtype))
 
     def _of_video(
-        self, tokens: Float[Tensor, "frames places dim"], score: Float[Tensor, "frames places"], count: int
+        self,
+        tokens: Float[Tensor, "frames places dim"],
+        score: Float[Tensor, "frames places"],
+        static: Bool[Tensor, "pairs places"],
+        count: int,
     ) -> tuple[Int[Tensor, " kept"], Float[Tensor, "kept dim"], Int[Tensor, " tokens"]]:
+        """``static`` is on the CPU, and so is all that follows from it alone: what belongs where, and how many stay."""
         frames, places = score.shape
-        static = F.cosine_similarity(tokens[1:].detach(), tokens[:-1].detach(), dim=-1) > self.threshold
-        number = torch.arange(frames * places, device=score.device).view(frames, places)
-        # home: the token that stands for each; unit: its frame, or after all frames its window; -1: absorbed
-        values, home, unit = tokens.clone(), number.clone(), number // places
+        device = score.device
         windows = static_windows(static)
-        for window, (first, last) in enumerate(windows):
-            if first < last:
-                always = static[first:last].all(0)
-                values[first, always] = tokens[first : last + 1, always].mean(0)
-                home[first : last + 1, always] = number[first, always]
-                unit[first : last + 1, always] = -1
-                unit[first, always] = frames + window
-        values, home, unit, score = values.flatten(0, 1), home.flatten(), unit.flatten(), score.flatten()
-
+        home, unit, always = _homes(static, windows)
         sizes = torch.bincount(unit + 1, minlength=frames + len(windows) + 1)[1:]
         merged = int(sizes.sum())
         thinned = min(count, merged)
         counts = nearest_counts((sizes.double() * thinned / merged)[None], sizes[None], thinned)[0]
+        of_windows = (unit.sort(stable=True).indices[(unit < frames).sum() :]).to(device).split(sizes[frames:].tolist())
+        clusters = counts[frames:].tolist()
+        home, unit, counts, always = home.to(device), unit.to(device), counts.to(device), always.to(device)
+
+        values, score, number = tokens.clone(), score.flatten(), torch.arange(frames * places, device=device)
+        for window, (first, last) in enumerate(windows):
+            if first < last:
+                values[first] = torch.where(always[window, :, None], tokens[first : last + 1].mean(0), tokens[first])
+        values = values.flatten(0, 1)
         best = rank_within(unit[None], score[None])[0] < counts[unit]
-        goes = torch.where((unit >= 0) & (unit < frames) & best, number.flatten(), -1)
-        for window, centres in enumerate(counts[frames:].tolist()):
-            members = (unit == frames + window).nonzero()[:, 0]
+        goes = torch.where((unit >= 0) & (unit < frames) & best, number, -1)
+        for members, centres in zip(of_windows, clusters, strict=True):
             if centres:
-                clusters = density_peaks(values[members][None], centres, min(NEIGHBOURS, len(members)))
-                chosen = members[clusters.centres[0]]
-                goes[members] = chosen[clusters.assignment[0]]
-                values[chosen] = self.beta * values[chosen] + (1 - self.beta) * clusters.features[0]
+                chosen, went_to, features = self._clustered(values[members], centres)
+                goes[members] = members[chosen[went_to]]
+                values[members[chosen]] = features
         goes = goes[home]
         if count > merged:
             beside = top_k(score.masked_fill(unit >= 0, -torch.inf)[None], count - merged)[0]
             goes[beside] = beside
-        index = (goes == number.flatten()).nonzero()[:, 0]
-        ordinal = torch.full_like(goes, -1).scatter(0, index, torch.arange(count, device=index.device))
+        index = top_k((goes == number).float()[None], count)[0]
+        ordinal = torch.full_like(goes, -1).scatter(0, index, torch.arange(count, device=device))
         return index, values[index], torch.where(goes >= 0, ordinal[goes], -1)
+
+    def _clustered(
+        self, static: Float[Tensor, "members dim"], count: int
+    ) -> tuple[Int[Tensor, " {count}"], Int[Tensor, " members"], Float[Tensor, "{count} dim"]]:
+        """Centres among the static tokens of a window, which of them each goes to, and what they become."""
+        peaks = density_peaks(static[None], count, min(NEIGHBOURS, count))
+        centres, went_to = peaks.centres[0], peaks.assignment[0]
+        others = torch.zeros(count, len(static), device=static.device).scatter(0, went_to[None], 1.0)
+        others = others.scatter(1, centres[:, None], 0.0)
+        number = others.sum(1, keepdim=True)
+        mixed = self.beta * static[centres] + (1 - self.beta) * (others @ static) / number.clamp(min=1)
+        return centres, went_to, torch.where(number > 0, mixed, static[centres])
+
+
+def _homes(
+    static: Bool[Tensor, "pairs places"], windows: list[tuple[int, int]]
+) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"], Bool[Tensor, "windows places"]]:
+    """The token that stands for each; the unit that thins it out; and the places that are static all through a window.
+
+    A unit is a frame, or after all frames a window; -1 marks tokens that another one stands for.
+    """
+    frames, places = len(static) + 1, static.shape[1]
+    home = torch.arange(frames * places).view(frames, places)
+    unit, number = home // places, home.clone()
+    always = torch.zeros(len(windows), places, dtype=torch.bool)
+    for window, (first, last) in enumerate(windows):
+        if first < last:
+            always[window] = here = static[first:last].all(0)
+            home[first : last + 1, here] = number[first, here]
+            unit[first : last + 1, here] = -1
+            unit[first, here] = frames + window
+    return home.flatten(), unit.flatten(), always
 
 
 @register
@@ -139,6 +176,7 @@ class HoliTomInner(Cascade):
     name: ClassVar[str] = "holitom-inner"
     summary: ClassVar[str] = "keeps what the last position attends to, and merges the rest into it"
     paper: ClassVar[str] = "arXiv 2505.21334, NeurIPS 2025"
+    for_videos: ClassVar[bool] = True
     text_aware: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 

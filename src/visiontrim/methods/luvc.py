@@ -69,7 +69,7 @@ class LUVC(Scheduled):
 
     name: ClassVar[str] = "luvc"
     summary: ClassVar[str] = "merges inside the encoder, prunes by spectrum in the decoder until no token is left"
-    paper: ClassVar[str] = "arXiv 2512.09010; its equations are ours"
+    paper: ClassVar[str] = "arXiv 2512.09010; its equations are ours, docs/luvc.md"
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

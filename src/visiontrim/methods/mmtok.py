@@ -10,9 +10,12 @@ add, summed over words (mean) and, times ``image_weight``, over patches (mean); 
 consecutive positions. Published: 192, 128 and 64 tokens, text temperature 0.02 (0.01 on Qwen). Without a question the
 image alone is covered.
 
+Every patch stands for every patch, so work and memory grow with the square of the patches.
+
 Differences: all tokens of the question are its words, as the released code does on Qwen; for LLaVA it drops articles,
-pronouns, auxiliaries and prompts for the answer's format first. Patches of padding are no special case: transformers'
-LLaVA crops where the original pads.
+pronouns, auxiliaries and prompts for the answer's format first. On Qwen the original covers the patches before the
+merger, four of them averaged for a token; here the merged tokens, which is what a method is shown. Patches of padding
+are no special case: transformers' LLaVA crops where the original pads.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -58,11 +60,19 @@ class MMTok(EncoderStep):
 
     def choose(self, view: View, count: int) -> Keep:
         unit = F.normalize(view.features.float(), dim=-1)
-        of_patches = (unit @ unit.mT / self.image_temperature).softmax(-1) / unit.shape[1]
-        if "words" not in view.text:
-            return Keep(coverage_picks(of_patches, count).sort(1).values)
-        rows = [self.of_words(view.text.words, view.encoder.projected), self.image_weight * of_patches]
-        return Keep(coverage_picks(torch.cat(rows, 1), count).sort(1).values)
+        batch, tokens = unit.shape[:2]
+        guided = "words" in view.text
+        words = view.text.words.tokens.shape[1] if guided else 0
+        rows = unit.new_empty(batch, words + tokens, tokens)
+        if guided:
+            rows[:, :words] = self.of_words(view.text.words, view.encoder.projected)
+        of_patches = rows[:, words:]
+        of_patches.copy_(unit @ unit.mT)
+        # a softmax, in place: no other of these numbers is as large by far
+        of_patches.div_(self.image_temperature).sub_(of_patches.amax(-1, keepdim=True)).exp_()
+        share = (self.image_weight if guided else 1.0) / tokens
+        of_patches.mul_(share / of_patches.sum(-1, keepdim=True))
+        return Keep(coverage_picks(rows, count).sort(1).values)
 
     def of_words(
         self, words: Text, projected: Float[Tensor, "batch tokens width"]

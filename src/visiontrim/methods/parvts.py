@@ -38,7 +38,7 @@ class ParVTS(Cascade):
 
     name: ClassVar[str] = "parvts"
     summary: ClassVar[str] = "drops what is not the prompt's subject after a few layers (a reading)"
-    paper: ClassVar[str] = "arXiv 2511.18875"
+    paper: ClassVar[str] = "arXiv 2511.18875; a reading, no equations are public"
     text_aware: ClassVar[bool] = True
 
     @property

@@ -85,8 +85,11 @@ class PixelPrune(Step):
         values = view.encoder["colours" if self.tau else "pixels"].float().view(*view.grid, -1)
         tau = self.tau + ROUNDING if self.tau else 0.0
         error = prediction_errors(values, tau, self.metric, anchored=self.rule == "anchored")
-        kept = spread_to(error > tau, self.minimum)
+        kept = error > tau
         count = int(kept.sum())
+        if count < self.minimum:  # only flat pictures
+            kept = spread_to(kept, self.minimum)
+            count = min(self.minimum, total)
         if self.keep is not None:
             most = self.keep if isinstance(self.keep, float) else min(self.keep, view.whole or total)
             count = min(count, view.count(most))

@@ -3,14 +3,15 @@
 Positional Preservation Embedding (PPE), arXiv 2510.22936, ICLR 2026. Official code: MouxiaoHuang/PPE, Apache-2.0.
 
 The merging is that of Chat-UniVi, frame by frame in the language model's space: density peaks (5 neighbours, itself
-counted) are centres, every other token goes to the nearest one, and a cluster becomes its mean. What is the paper's own
-is the position rule, which any other merging method can have: ``vt.trim(..., positions="members")``
-(:mod:`visiontrim.engine.members`). The control with one position a token is
+counted; where a frame has n < 5 centres, min(3, max(n // 2, 1))) are centres, every other token goes to the nearest
+one, and a cluster becomes its mean. What is the paper's own is the position rule, which any other merging method can
+have: ``vt.trim(..., positions="members")`` (:mod:`visiontrim.engine.members`). The control with one position a token is
 ``vt.trim(model, "ppe", positions="keep")``. Published: 45 % of the tokens, of N the next whole number above 0.45 N.
 
 Differences: tokens stay in raster order, where the released code has them by the score of their centres, which through
 causal attention is what they see of each other. No noise breaks ties in the density. Frames of a video have equal
-numbers of tokens, or such that differ by one. The merging again before layers 11, 23 and 35 (the cascade) is not
+numbers of tokens, or such that differ by one, so that their sum is ``keep`` (there each frame's share is rounded up: up
+to one token a frame more). The merging again before layers 11, 23 and 35 (the cascade) is not
 built: at a mean of 52.6 % per layer it costs more than the single stage.
 """
 
@@ -60,7 +61,8 @@ class PPE(EncoderStep):
         index, features, before = [], [], 0
         for frame, share in enumerate(even_shares(count, frames)):
             if share:
-                peaks = density_peaks(tokens[:, frame], share, min(NEIGHBOURS, places))
+                neighbours = NEIGHBOURS if share >= NEIGHBOURS else min(3, max(share // 2, 1))
+                peaks = density_peaks(tokens[:, frame], share, min(neighbours, places))
                 index.append(peaks.centres + frame * places)
                 features.append(peaks.features)
                 assignment[:, frame] = peaks.assignment + before

@@ -4,17 +4,19 @@ PruneSID, ICLR 2026, arXiv 2603.09480. Official code: ZhengyaoFang/PruneSID, Apa
 
 1. The features, squashed by a sigmoid and centred, have principal directions over the token axis; a patch belongs to
    the one of the first ``keep / 4`` on which its loading is largest.
-2. In a group, patches that are more like a better one than a threshold are suppressed. The threshold is
-   ``keep / 32`` times the mean cosine of all pairs, so that it reaches 1 and switches suppression off when that mean is
-   0.5 at 64 tokens, 0.25 at 128, 0.17 at 192.
+2. In a group, patches that are more like a better one than a threshold are suppressed. The threshold is 18 ``keep`` / N
+   times the mean cosine of all pairs of the N patches, which of 576 is ``keep`` / 32: it reaches 1 and switches
+   suppression off when that mean is 0.5 at 64 of 576, 0.25 at 128, 0.17 at 192.
 3. Each group has a quota in proportion to its survivors, and gives its best patches.
 
 ``variant="paper"`` centres by the mean patch, ranks by the loading, and keeps raster order. ``variant="release"``
-centres each patch by the mean of its features, ranks by the attention of [CLS] and puts out group after group, as the
-released code for LLaVA does. Both have consecutive positions. Published: 192, 128 and 64 tokens.
+centres each patch by the mean of its features, ranks by the attention of [CLS], has the factor ``keep`` / 32 whatever N
+is and puts out group after group, as the released code for LLaVA does. Both have consecutive positions. Published: 192,
+128 and 64 tokens.
 
 Differences: the published counts include [CLS], which transformers' LLaVA never projects: the next patch has its place.
-Principal components are exact (randomised and unseeded there). The budget that varies over a data set, which needs
+Principal components are exact (randomised and unseeded there). The code for Qwen takes a factor of at least 1, and a
+mean over a matrix that is half zeros, so about half of it. The budget that varies over a data set, which needs
 statistics of all its images and is not in the released code, is left out. Without [CLS], the release's variant ranks by
 the attention received.
 """
@@ -55,9 +57,8 @@ class PruneSID(EncoderStep):
         squashed = view.features.float().sigmoid()
         centred = squashed - squashed.mean(-1 if release else 1, keepdim=True)
         loading, group = principal_loadings(centred, max(1, count // 4)).max(-1)
-        return pick_from_groups(
-            view.features, group, cls_attention(view) if release else loading, count, by_group=release
-        )
+        score, factor = cls_attention(view) if release else loading, count / 32 if release else 18 * count / view.total
+        return pick_from_groups(view.features, group, score, count, factor=factor, by_group=release)
 
 
 def pick_from_groups(
@@ -66,13 +67,17 @@ def pick_from_groups(
     score: Float[Tensor, "batch tokens"],
     count: int,
     *,
+    factor: float,
     by_group: bool,
 ) -> Keep:
-    """Steps 2 and 3: ``count`` tokens by suppression and quotas; in raster order, or group by group as ranked there."""
+    """Steps 2 and 3: ``count`` tokens by suppression above ``factor`` times the mean cosine, and by quotas.
+
+    They stand in raster order, or group by group as ranked there.
+    """
     tokens, groups = features.shape[1], max(1, count // 4)
     unit = F.normalize(features.float(), dim=-1)
     pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-    threshold = count / 32 * pairs / (tokens * (tokens - 1))
+    threshold = factor * pairs / (tokens * (tokens - 1))
     gone = suppressed(unit, group, score, threshold)
     members = F.one_hot(group, groups)
     survivors = (members * ~gone[..., None]).sum(1)

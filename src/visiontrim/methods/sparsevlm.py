@@ -19,7 +19,8 @@ what is kept after each of them, without the clusters: 300, 200, 110 ("192"), 30
 66, 30, 17 ("64"); for v2.0 300, 200, 118; 238, 108, 60; 246, 54, 28; 66, 34, 20. Those names count a layer with what it
 leaves. By what a layer processes they are means of 206.5, 145.4, 114.1, 82.3; and 206.8, 144.1, 113.9, 81.8.
 
-Differences: a mean budget counts the clusters; the noise that breaks ties of densities is left out (the lower index
+Differences: a mean budget counts the clusters; clusters stand in raster order of their centres (by falling score
+there, the same ones); the noise that breaks ties of densities is left out (the lower index
 wins); text tokens that share a prompt with several images rate each image they follow. The count by the rank of the
 attention (v1.0) differs from image to image, which a batch cannot hold: it is not here.
 """

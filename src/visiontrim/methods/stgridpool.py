@@ -51,6 +51,7 @@ class STGridPool(EncoderStep):
     name: ClassVar[str] = "st-gridpool"
     summary: ClassVar[str] = "tiles frames into later ones, and pools cells by the norm of tokens"
     paper: ClassVar[str] = "arXiv 2605.22078, ICLR 2026"
+    for_videos: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
     @property

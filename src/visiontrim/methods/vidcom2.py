@@ -52,6 +52,7 @@ class VidCom2(EncoderStep):
     name: ClassVar[str] = "vidcom2"
     summary: ClassVar[str] = "the least typical tokens of each frame, more of frames that stand out"
     paper: ClassVar[str] = "arXiv 2505.14454, EMNLP 2025"
+    for_videos: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,8 @@ cosine. Targets follow the dominant ones. Published: 192 = 162 + 30, 128 = 108 +
 Differences:
 
 - The published dominant count includes [CLS], which transformers' LLaVA never projects: the next patch has its place,
-  so 64 are 54 + 10 patches here.
+  so 64 are 54 + 10 patches here. It is one of those that would be targets or go to them there, so that the targets
+  behind its place are each one patch further on, also with ``variant="release"``.
 - A contextual token is the mean of its cluster, as in the paper; in the released code (``variant="release"``) it is the
   target *plus* the mean of the others, and its norm may double.
 - Without [CLS], the attention received from the other patches ranks.

@@ -3,10 +3,10 @@
 "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models", TMLR 2026, arXiv 2505.22654.
 Official code: Tencent/SelfEvolvingAgent, VScan, MIT.
 
-1. Vision stage: half of the budget are local patches, as many from each ``window`` x ``window`` square, by the
-   attention of [CLS] in the encoder layer ``shallow``; the rest are global ones, by that in the layer whose output is
-   projected. Each other patch is merged into the kept one nearest by the cosine, as the mean of the cluster; both after
-   the projector.
+1. Vision stage: half of the budget are local patches by the attention of [CLS] in the encoder layer ``shallow``, at
+   most an equal part of them, rounded up, from each ``window`` x ``window`` square; the rest are global ones, by that
+   in the layer whose output is projected. Each other patch is merged into the kept one nearest by the cosine, as the
+   mean of the cluster; both after the projector.
 2. Language stage: before decoder layer ``layer``, the tokens stay that the last position attends to most with that
    layer's queries and keys.
 
@@ -14,15 +14,17 @@ Official code: Tencent/SelfEvolvingAgent, VScan, MIT.
 of 32 layers: 192 = 288 -> 96, 128 = 192 -> 64, 64 = 96 -> 32 as published; a pair sets both. Positions are consecutive.
 On Qwen2.5-VL the authors have window 4, shallow 7, layer 14 of 28, and original positions.
 
-Differences: where half the budget is no multiple of the number of windows, global patches make up what the local ones
-lack (the released code keeps fewer tokens than asked for, and fails below two a window). Without [CLS], the attention
-received from the other patches ranks.
+Differences: where half the budget is no multiple of the number of windows, the best windows give one more, as in the
+authors' code for Qwen (that for LLaVA then keeps fewer tokens than asked for, and fails below two a window). Without
+[CLS], the attention received from the other patches ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import torch
 
 from visiontrim.core.budget import Amount, check_amount, second_stage, split_two_stage
 from visiontrim.core.method import DecoderLayer, Method, Positions, Site, Step, VisionOutput
@@ -118,7 +120,9 @@ class _VisionStage(Step):
         if count >= view.features.shape[1]:
             return Keep.everything(view)
         window, number = windows(view.coordinates, view.grid, self.method.window)
-        local = rank_within(window, cls_attention(view, self.method.shallow)) < count // 2 // number
+        shallow, half = cls_attention(view, self.method.shallow), count // 2
+        best = rank_within(window, shallow) < -(-half // number)
+        local = torch.zeros_like(best).scatter(1, top_k(shallow.masked_fill(~best, -1.0), half), True) & best
         # probabilities are at most 1, so local patches come before every global one
         index = top_k(cls_attention(view) + 2 * local, count)
         merged = merge_into_nearest(view.projected_content, view.encoder.projected, index, "mean")

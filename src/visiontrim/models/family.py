@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from inspect import Parameter, signature
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -19,10 +20,19 @@ from visiontrim.models.layout import Grid, Packing, Visual
 
 ENTRY_POINTS = "visiontrim.models"
 
+RECURRENT = ("linear_attention", "conv")
+"""Types of decoder layers, as configurations name them, that carry a state from token to token."""
+
 Kind = Literal["image", "video"]
 Arguments = Mapping[str, Any]
 """What ``get_image_features`` or ``get_video_features`` was called with, by name; ``pixels`` whatever theirs is called
 (``pixel_values``, ``pixel_values_videos``, ...), which differs between releases of transformers."""
+
+
+INPUT_NORMS = ("input_layernorm", "operator_norm")
+FINAL_NORMS = ("norm", "embedding_norm", "final_layer_norm", "final_layernorm")
+ATTENTIONS = ("self_attn", "attention")
+"""What text models call these parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +71,14 @@ class Family(ABC):
     """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
+    hybrid: ClassVar[bool] = False
+    """Whether most decoder layers have linear attention, before which no tokens can be ranked."""
     turns: ClassVar[bool] = True
     """Whether a conversation can go on from its cache."""
     adjoining: ClassVar[bool] = False
     """Whether images without text between them are tiles of one image."""
+    row_ends: bool = False
+    """Whether the processor writes a token of the text's behind every row of an image: see ``engine/rows.py``."""
     merging: ClassVar[str] = "no"
     """Whether tokens can be merged between the encoder's layers, in words: see :meth:`encoder_layers`."""
     masked: ClassVar[bool] = False
@@ -82,7 +96,7 @@ class Family(ABC):
             "checkpoints": cls.checkpoints,
             "vision_stage": True,
             "merging_in_the_encoder": cls.merging,
-            "language_stage": not cls.bidirectional,
+            "language_stage": "before layers with full attention" if cls.hybrid else not cls.bidirectional,
             "guided_by": ["text tower", "embeddings"] if cls.text_tower else ["embeddings"],
             "scores": cls.scores,
             "keep_counts_per": cls.unit,
@@ -99,7 +113,7 @@ class Family(ABC):
 
     @property
     def language_model(self) -> Any:
-        """The text model without its head; has ``layers``, ``rotary_emb`` and ``embed_tokens``."""
+        """The text model without its head; has ``layers`` and ``rotary_emb``."""
         return self.core.language_model
 
     @abstractmethod
@@ -108,7 +122,14 @@ class Family(ABC):
 
     def input_norm(self, layer: int) -> Callable[[Tensor], Tensor]:
         """What decoder layer ``layer`` does first to its hidden states [..., dim]."""
-        return self.language_model.layers[layer].input_layernorm
+        decoder = self.language_model.layers[layer]
+        norm = next((getattr(decoder, name) for name in INPUT_NORMS if hasattr(decoder, name)), None)
+        if norm is None and not hasattr(decoder, "post_attention_layernorm"):
+            raise TrimError(
+                f"the norm before the attention of {type(decoder).__name__} is not known: use a method's vision stage, "
+                "or write the fact down (CONTRIBUTING.md)"
+            )
+        return _unchanged if norm is None else norm  # norms stand behind the attention, as in OLMo-2
 
     @property
     def projector(self) -> Any | None:
@@ -118,11 +139,17 @@ class Family(ABC):
     @property
     def final_norm(self) -> Any:
         """The norm after the last decoder layer."""
-        return self.language_model.norm
+        return _first(self.language_model, FINAL_NORMS, "norm after the last layer")
 
     def decoder_attention(self, layer: int) -> Any:
         """The attention module of decoder layer ``layer``."""
-        return self.language_model.layers[layer].self_attn
+        return _first(self.language_model.layers[layer], ATTENTIONS, "attention module")
+
+    @functools.cached_property
+    def recurrent(self) -> frozenset[int]:
+        """Decoder layers without attention: a state that every token goes into takes the place of keys and values."""
+        kinds = getattr(self.language_model.config, "layer_types", None) or ()
+        return frozenset(index for index, kind in enumerate(kinds) if kind in RECURRENT)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -135,7 +162,8 @@ class Family(ABC):
         """Which of ``input_ids`` stand for tokens of ``kind``, or of any kind."""
         config = self.model.config
         ids = [getattr(config, f"{name}_token_id") for name in ((kind,) if kind else self.kinds)]
-        return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+        first, *others = (input_ids == number for number in ids)  # numbers stay on the host
+        return functools.reduce(torch.logical_or, others, first)
 
     def attentions(self, kind: Kind) -> Sequence[Any]:
         """The attention modules of the encoder's layers, in order; () if they cannot be listened to."""
@@ -191,6 +219,10 @@ class Family(ABC):
         """
         return None
 
+    def filled(self, kind: Kind, arguments: Arguments) -> list[int] | None:
+        """Patches of each row where rows of the encoder's batch are padded at the end; None: none is."""
+        return None
+
     def noise(self, picture: Picture) -> dict[str, Tensor]:
         """Noise in the form in which the processor would give one such picture: for measuring without weights.
 
@@ -205,7 +237,17 @@ class Family(ABC):
                 f"{type(self).__name__} sees every image as {sides[0]} x {sides[1]} pixels, not as "
                 f"{picture.height} x {picture.width}: leave the size out"
             )
-        return {"pixel_values": torch.randn(1, 3, *sides)}
+        noise = {"pixel_values": torch.randn(1, 3, *sides)}
+        wanted = signature(self.core.get_image_features).parameters.get("image_sizes")
+        if wanted is not None and wanted.default is Parameter.empty:
+            noise["image_sizes"] = torch.tensor([sides])
+        return noise
+
+    def along(self, input_ids: Int[Tensor, "batch tokens"], kind: Kind) -> dict[str, Tensor]:
+        """What the processor gives beside ``input_ids`` of a prompt with pictures of one kind, as long as they are."""
+        if not self.mrope:
+            return {}
+        return {"mm_token_type_ids": self.placeholders(input_ids).long() * (1 if kind == "image" else 2)}
 
     @abstractmethod
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
@@ -270,6 +312,21 @@ def list_families() -> dict[str, type[Family]]:
     """All families by ``model_type``: the package's own and those of plug-ins (entry points ``visiontrim.models``)."""
     _load_plugins()
     return dict(sorted(_registered.items()))
+
+
+def _first(module: Any, names: Sequence[str], what: str) -> Any:
+    """The part of ``module`` that has one of ``names``. Raises :class:`TrimError` if there is none."""
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise TrimError(
+        f"the {what} of {type(module).__name__} is not known (looked for {', '.join(names)}): use a method's vision "
+        "stage, or write the fact down (CONTRIBUTING.md)"
+    )
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 class Generic(Family):

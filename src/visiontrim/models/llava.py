@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ _TOWERS = {
 class LlavaLike(Family):
     """Families that take the patches of one encoder layer through a projector that maps each by itself."""
 
+    known: bool = True
+    """Whether the encoder is one of which facts are written down, and its patches alone are what is projected.
+
+    Of any other nothing is read: methods that rank by its attention are told that there is none.
+    """
+
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_tower
 
@@ -29,23 +36,31 @@ class LlavaLike(Family):
     def projector(self) -> Any:
         return self.core.multi_modal_projector
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The encoder's hidden states that are projected, side by side where there are several (Granite Vision)."""
+        layers = self.model.config.vision_feature_layer
+        return (layers,) if isinstance(layers, int) else tuple(layers)
+
     def attentions(self, kind: Kind) -> Sequence[Any]:
+        if not self.known:
+            return ()
         encoder = self.encoder(kind)
         layers = encoder.transformer.layers if hasattr(encoder, "transformer") else encoder.encoder.layers
         return [layer.attention if hasattr(layer, "attention") else layer.self_attn for layer in layers]
 
     def scored(self, kind: Kind) -> int:
         # hidden_states[0] are the embeddings, so state i is the output of layer i - 1
-        state = self.model.config.vision_feature_layer % (len(self.attentions(kind)) + 1)
-        return max(state - 1, 0)
+        states = len(self.attentions(kind)) + 1
+        return max(max(layer % states for layer in self.feature_layers) - 1, 0)
 
     @property
     def special_tokens(self) -> int:
-        return _TOWERS[self.model.config.vision_config.model_type][0]
+        return _TOWERS[self.model.config.vision_config.model_type][0] if self.known else 0
 
     @property
     def vision_width(self) -> int | None:
-        return self.model.config.vision_config.hidden_size
+        return self.model.config.vision_config.hidden_size * len(self.feature_layers) if self.known else None
 
     @property
     def tile(self) -> Grid:
@@ -61,7 +76,13 @@ class LlavaLike(Family):
 
     def normalised(self, features: Tensor) -> Tensor:
         norm = getattr(self.encoder("image"), "post_layernorm", None)
-        return features if norm is None else norm(features)
+        return features if norm is None or len(self.feature_layers) > 1 else norm(features)
+
+    def knows_towers(self, *towers: str) -> bool:
+        """Whether the encoder is one of ``towers`` and its patches are what is projected."""
+        config = self.model.config
+        tower = config.vision_config.model_type
+        return tower in towers and config.vision_feature_select_strategy == _TOWERS[tower][1]
 
     def check_towers(self, *towers: str) -> None:
         """Raise :class:`TrimError` unless the encoder is one of ``towers`` and its patches are what is projected."""
@@ -74,10 +95,16 @@ class LlavaLike(Family):
                 f"vision_feature_select_strategy={strategy!r} does not leave exactly the patches of a {tower} as "
                 f"vision tokens, which would have no grid: use {_TOWERS[tower][1]!r}"
             )
-        if not isinstance(config.vision_feature_layer, int):
+        if not isinstance(config.vision_feature_layer, int):  # towers of which each frame keeps its [CLS]
             raise TrimError(
                 f"vision_feature_layer={config.vision_feature_layer} concatenates layers, and it is open which one's "
                 "attention should rank their tokens: use a single layer"
+            )
+        states = config.vision_config.num_hidden_layers + 1
+        if not -states <= config.vision_feature_layer < states:
+            raise TrimError(
+                f"vision_feature_layer={config.vision_feature_layer}, but the encoder has {states - 1} layers: its "
+                f"configuration is damaged; give {-states} to {states - 1}"
             )
 
 
@@ -92,16 +119,28 @@ class Llava(LlavaLike):
 
     def __init__(self, model) -> None:
         super().__init__(model)
-        self.check_towers(*_TOWERS)
+        self.known = self.knows_towers(*_TOWERS)
+        self.row_ends = self.model.config.vision_config.model_type == "pixtral"
+
+    @property
+    def projector(self) -> Any | None:
+        return super().projector if self.known else None  # how many tokens it gets is seen behind it
 
     def encoder_layers(self, kind: Kind) -> Sequence[Any]:
-        # Pixtral gets all pictures in one sequence
-        return () if self.model.config.vision_config.model_type == "pixtral" else self.encoder(kind).encoder.layers
+        # Pixtral gets all pictures in one sequence; where several layers are projected, all must have the same tokens
+        packed = self.model.config.vision_config.model_type == "pixtral"
+        return () if packed or not self.known or len(self.feature_layers) > 1 else self.encoder(kind).encoder.layers
 
     def pixels(self, kind: Kind, arguments: Arguments) -> Tensor:
         return squares(arguments["pixels"], self.model.config.vision_config.patch_size)
 
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        if not self.known:
+            squares = (math.isqrt(length) for length in lengths or ())
+            return [
+                Visual.of_grid((1, side, side) if side * side == length else (1, 1, length))
+                for side, length in zip(squares, lengths or (), strict=True)
+            ]
         patch = self.model.config.vision_config.patch_size
         pixels = arguments["pixels"]
         sizes = arguments.get("image_sizes")  # Pixtral pads images of several sizes to a common one

@@ -66,7 +66,7 @@ class LlavaNext(AnyRes):
 
     def __init__(self, model) -> None:
         super().__init__(model)
-        self.check_towers("clip_vision_model", "siglip_vision_model")
+        self.known = self.knows_towers("clip_vision_model", "siglip_vision_model")
 
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         patches = self.tile[1] * self.tile[2]
@@ -119,7 +119,7 @@ class LlavaOnevision(AnyRes):
 
     def __init__(self, model) -> None:
         super().__init__(model)
-        self.check_towers("siglip_vision_model")
+        self.known = self.knows_towers("siglip_vision_model")
 
     @property
     def projector(self) -> None:

@@ -117,6 +117,15 @@ class QwenVL(Family):
 
 
 @register_family
+class Qwen35(QwenVL):
+    """The same encoder without DeepStack; three of four decoder layers have gated linear attention."""
+
+    model_types = ("qwen3_5", "qwen3_5_moe")
+    checkpoints = "Qwen3.5, Qwen3.6"
+    hybrid = True
+
+
+@register_family
 class Glm(QwenVL):
     """Pictures as Qwen-VL has them. The frames of a video stand in the placeholders of images: images only."""
 
@@ -128,3 +137,18 @@ class Glm(QwenVL):
 
     def encoder_layers(self, kind: Kind) -> Sequence[Any]:
         return ()  # a convolution joins the units behind the layers
+
+
+@register_family
+class OmniThinker(QwenVL):
+    """The thinker of an omni model. Its sound is left alone, also where it is interleaved with a video."""
+
+    model_types = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+    checkpoints = "the thinkers of Qwen2.5-Omni and Qwen3-Omni; sound passes whole"
+    merging = "no"
+
+    def encoder_layers(self, kind: Kind) -> Sequence[Any]:
+        return ()
+
+    def mergers(self, kind: Kind) -> Sequence[Any]:
+        return ()

@@ -103,6 +103,9 @@ class Idefics3(_Square):
         super().__init__(model)
         self.factor = self.model.config.scale_factor
 
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        return {key: value[None] for key, value in super().noise(picture).items()}
+
     @property
     def language_model(self) -> Any:
         return self.core.text_model
@@ -119,6 +122,7 @@ class Mistral3(Family):
     """Pixtral encoder: images of any size in one sequence, merged in the projector."""
 
     model_types = ("mistral3",)
+    row_ends = True
     checkpoints = "Mistral Small 3.1 and later, Ministral 3"
     scores = "attention received, mean over each merged unit"
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, Proc
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.signals import Text
+from visiontrim.models.checkpoints import loaded, whole
 from visiontrim.models.family import Family
 
 Reader = ProcessorMixin | PreTrainedTokenizerBase
@@ -65,7 +66,8 @@ class TextTower(Guidance):
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs) -> TextTower:
         """Load a CLIP checkpoint by hub name or directory, for instance ``openai/clip-vit-large-patch14-336``."""
-        return cls(CLIPModel.from_pretrained(name, **kwargs).eval(), AutoTokenizer.from_pretrained(name))
+        model = whole("text tower", name, CLIPModel.from_pretrained, **kwargs).eval()
+        return cls(model, loaded("tokenizer of the text tower", name, AutoTokenizer.from_pretrained))
 
     def check_fits(self, family: Family) -> None:
         """Raise :class:`TrimError` if the joint space cannot be the one of the VLM's vision encoder."""
@@ -135,12 +137,12 @@ class EmbeddingGuidance(Guidance):
 
     @torch.no_grad()
     def encode(self, questions: Sequence[str]) -> Text:
-        embedding = self._family.language_model.embed_tokens
-        limit = self._family.language_model.config.max_position_embeddings
+        embedding = self._family.language_model.get_input_embeddings()
+        limit = getattr(self._family.language_model.config, "max_position_embeddings", None)
         encoded = []
         for question in questions:
             ids = self._tokenizer(question, add_special_tokens=False)["input_ids"]
-            if len(ids) > limit:
+            if limit is not None and len(ids) > limit:
                 raise TrimError(f"the question has {len(ids)} tokens, more than the model's {limit} positions")
             encoded.append(embedding(torch.tensor(ids, device=embedding.weight.device)))
         return _padded(encoded, self.scale)
@@ -162,6 +164,11 @@ def guidance_of(
     if text_tower is not None:
         if isinstance(text_tower, CLIPModel):
             raise TrimError("a CLIPModel alone cannot read text: pass TextTower(model, tokenizer), or its name")
+        if not isinstance(text_tower, str | Path | TextTower):
+            raise TrimError(
+                f"a {type(text_tower).__name__} is no text tower: pass the name or directory of a CLIP checkpoint, or "
+                "TextTower(model, tokenizer)"
+            )
         tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
         tower.check_fits(family)
         return tower

@@ -8,35 +8,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Fusion = Literal["inverse_variance", "variance", "standardised", "max", "mean", "geometric", "harmonic"]
+Fusion = Literal["adaptive", "max", "mean", "geometric", "harmonic"]
 """How :func:`fuse` joins two scores."""
+Normalise = Literal["softmax", "z-scores"]
+"""What turns a score into a distribution over the tokens: a softmax, or a softmax of z-scores."""
+Weight = Literal["lower", "higher"]
+"""Whether the score of the lower or of the higher variance weighs more."""
 
 
 def fuse(
-    global_score: Float[Tensor, "batch tokens"], local_score: Float[Tensor, "batch tokens"], rule: Fusion
+    global_score: Float[Tensor, "batch tokens"],
+    local_score: Float[Tensor, "batch tokens"],
+    rule: Fusion,
+    normalise: Normalise = "softmax",
+    weight: Weight = "lower",
 ) -> Float[Tensor, "batch tokens"]:
     """One score per token from two, in float32. Only its order within an image has a meaning.
 
-    Each score is turned into a distribution over the tokens by a softmax (eq. 3: the second one, for a score that is
-    an attention), ``a`` and ``b``. The rules:
+    Each score is turned into a distribution over the tokens, ``a`` and ``b``: by a softmax (eq. 3: the second one, for
+    a score that is an attention), or by the softmax of its z-scores, which puts both on one scale. The rules:
 
-    - ``inverse_variance``: eq. 6, ``alpha a + (1 - alpha) b`` with ``alpha = var b / (var a + var b)``, so that the
-      flatter distribution weighs more. A softmax of an attention is almost flat: in effect the global score decides.
-    - ``variance``: eq. 6 read the other way round, ``alpha = var a / (var a + var b)``.
-    - ``standardised``: eq. 6 on the softmax of the z-scores, which puts both signals on one scale.
+    - ``adaptive``: eq. 6, ``alpha a + (1 - alpha) b`` with ``alpha = var b / (var a + var b)`` where the ``lower``
+      variance weighs more, as the equation prints, and ``alpha = var a / (var a + var b)`` where the ``higher`` does,
+      as its text says. With the softmax of an attention, which is almost flat, "lower" leaves the decision to the
+      global score in effect.
     - ``max``, ``mean``, ``geometric``, ``harmonic``: that mean, or the larger, of ``a`` and ``b``.
 
     Raises :class:`ValueError` for an unknown rule.
     """
     first, second = global_score.float(), local_score.float()
-    if rule == "standardised":
+    if normalise == "z-scores":
         first, second = _standardise(first), _standardise(second)
     a, b = first.softmax(-1), second.softmax(-1)
     match rule:
-        case "inverse_variance" | "standardised":
-            return _share(b, a) * a + _share(a, b) * b
-        case "variance":
-            return _share(a, b) * a + _share(b, a) * b
+        case "adaptive":
+            share, other = (_share(b, a), _share(a, b)) if weight == "lower" else (_share(a, b), _share(b, a))
+            return share * a + other * b
         case "max":
             return torch.maximum(a, b)
         case "mean":

@@ -16,11 +16,19 @@ def principal_loadings(
     """Absolute loadings of the tokens on the first ``components`` principal directions of the token axis, float32.
 
     The columns are the absolute eigenvectors of V V^T [tokens x tokens], largest eigenvalue first; ``values`` come
-    centred as the caller wants them. Exact, where randomised methods need a seed. Holds tokens^2 numbers.
+    centred as the caller wants them. Exact, where randomised methods need a seed: the work is the cube of the tokens or
+    of ``dim``, whichever are fewer, of which all eigenvectors are computed. Directions beyond these are 0.
     """
     values = values.float()
-    vectors = torch.linalg.eigh(values @ values.mT).eigenvectors
-    return vectors[..., -components:].flip(-1).abs()
+    tokens, dim = values.shape[1:]
+    if tokens <= dim:
+        return torch.linalg.eigh(values @ values.mT).eigenvectors[..., -components:].flip(-1).abs()
+    size, vectors = torch.linalg.eigh(values.mT @ values)
+    used = min(components, dim)
+    size, vectors = size[..., -used:].flip(-1)[..., None, :], vectors[..., -used:].flip(-1)
+    within = size > torch.finfo(size.dtype).eps * tokens * size[..., :1]  # what is left is rounding
+    loadings = (values @ vectors).abs() * torch.where(within, size, torch.inf).rsqrt()
+    return F.pad(loadings, (0, components - used))
 
 
 def rank_within(
@@ -64,16 +72,42 @@ def suppressed(
 ) -> Bool[Tensor, "batch tokens"]:
     """Non-maximum suppression in groups: a token goes if a better one that stays is more like it than ``threshold``.
 
-    ``unit`` are normalised features; tokens are taken by falling score, ties by index. Holds tokens^2 numbers; one step
-    a token, since each decision hangs on those before.
+    ``unit`` are normalised features; tokens are taken by falling score, ties by index. Groups stand side by side, each
+    as wide as the largest, whose size the host reads. Work and memory grow with the square of that, and at most of the
+    tokens.
     """
-    order = score.sort(dim=1, descending=True, stable=True).indices
-    group, unit = group.gather(1, order), gather(unit, order)
-    rivals = (unit @ unit.mT > threshold[:, None, None]) & (group[:, :, None] == group[:, None])
-    gone = torch.zeros_like(group, dtype=torch.bool)
-    for token in range(group.shape[1] - 1):
-        gone[:, token + 1 :] |= rivals[:, token, token + 1 :] & ~gone[:, token, None]
-    return torch.zeros_like(gone).scatter(1, order, gone)
+    batch, tokens = group.shape
+    rank = rank_within(group, score)
+    groups, largest = (int(value) + 1 for value in torch.stack([group.max(), rank.max()]).tolist())
+    if groups * largest * largest > tokens * tokens:  # most are in one group: all stand in one line
+        order = score.sort(dim=1, descending=True, stable=True).indices
+        group, unit = group.gather(1, order), gather(unit, order)
+        rivals = (unit @ unit.mT > threshold[:, None, None]) & (group[:, :, None] == group[:, None])
+        return torch.zeros_like(group, dtype=torch.bool).scatter(1, order, _suppressed(rivals.tril(-1)))
+    place = group * largest + rank
+    table = torch.zeros(batch, groups * largest, dtype=torch.long, device=group.device)
+    table.scatter_(1, place, torch.arange(tokens, device=group.device).expand_as(group))
+    filled = torch.zeros_like(table, dtype=torch.bool).scatter(1, place, True).view(-1, largest)
+    lines = gather(unit, table).view(batch * groups, largest, -1)
+    rivals = lines @ lines.mT > threshold.repeat_interleave(groups)[:, None, None]
+    rivals &= filled[:, None] & filled[..., None]
+    return _suppressed(rivals.tril(-1)).view(batch, -1).gather(1, place)
+
+
+def _suppressed(rivals: Bool[Tensor, "lines length length"]) -> Bool[Tensor, "lines length"]:
+    """Which places of lines go, if ``rivals[l, i, j]`` says that place i goes where the earlier place j stays.
+
+    In rounds: a place stays once all its rivals go, and goes once one of them stays, so each round decides at least the
+    first open place of a line. Most are decided after a few; the host asks after every eighth.
+    """
+    stays = torch.zeros(rivals.shape[:2], dtype=torch.bool, device=rivals.device)
+    goes = stays.clone()
+    for turn in range(rivals.shape[1]):
+        stays = stays | ~(goes | (rivals & ~goes[:, None]).any(-1))
+        goes = goes | (rivals & stays[:, None]).any(-1)
+        if turn % 8 == 7 and bool((stays | goes).all()):
+            break
+    return goes
 
 
 def quotas(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from visiontrim.ops.diverse import SIMILARITIES, later_similarities, nearest_similarity
 from visiontrim.ops.select import gather, leftovers
 
 
@@ -43,10 +44,15 @@ def match(
 def edges(
     metric: Float[Tensor, "batch tokens dim"],
 ) -> tuple[Float[Tensor, "batch sources"], Int[Tensor, "batch sources"]]:
-    """Largest cosine of every second token, from the first on, to one of the others, and which of these it is."""
+    """Largest cosine of every second token, from the first on, to one of the others, and which of these it is.
+
+    All of these pairs are compared, so work grows with the square of the tokens; memory does not.
+    """
     unit = F.normalize(metric.float(), dim=-1)
-    best, target = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
-    return best, target
+    sources, targets = unit[:, ::2], unit[:, 1::2]
+    some = max(1, SIMILARITIES // (len(unit) * max(1, targets.shape[1])))
+    parts = [(part @ targets.mT).max(-1) for part in sources.split(some, 1)]
+    return torch.cat([part.values for part in parts], 1), torch.cat([part.indices for part in parts], 1)
 
 
 def match_any(
@@ -56,20 +62,29 @@ def match_any(
 
     Tokens are ranked by their largest cosine to another one, ties by index. The ``count`` with the smallest
     ``importance`` less their largest cosine to a token of later rank are taken; so the last one never is. Each merges
-    into the most similar token that is not taken itself. Holds tokens^2 numbers.
+    into the most similar token that is not taken itself.
+
+    Two tokens that are nearest to each other tie exactly: the lower index is ranked first. All pairs are compared
+    twice, so work grows with the square of the tokens; ``SIMILARITIES`` of them are held.
     """
     unit = F.normalize(metric.float(), dim=-1)
-    cosine = unit @ unit.mT
-    cosine.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
-    rank = cosine.amax(-1).sort(dim=1, descending=True, stable=True).indices.argsort(1)
-    later = cosine.masked_fill(rank[:, None] <= rank[..., None], -torch.inf).amax(-1)
-    # by rank first, so that of equal values the earlier rank is taken
-    order = rank.argsort(1)
-    value = (importance.float() - later).gather(1, order)
+    # by rank from here on, so that of equal values the earlier rank is taken
+    order = nearest_similarity(unit).sort(dim=1, descending=True, stable=True).indices
+    ranked, later = gather(unit, order), []
+    for _, similarity in later_similarities(ranked):
+        size = similarity.shape[1]
+        itself = torch.ones(size, size, dtype=torch.bool, device=unit.device).tril()
+        similarity[:, :, :size].masked_fill_(itself, -torch.inf)
+        later.append(similarity.amax(-1))
+    value = importance.float().gather(1, order) - torch.cat(later, 1)
     source = order.gather(1, value.sort(dim=1, stable=True).indices[:, :count])
-    taken = torch.zeros_like(rank, dtype=torch.bool).scatter(1, source, True)
-    target = cosine.masked_fill(taken[:, None], -torch.inf).argmax(-1)
-    return source, target.gather(1, source)
+    taken = torch.zeros(unit.shape[:2], dtype=torch.bool, device=unit.device).scatter(1, source, True)
+    some = max(1, SIMILARITIES // (len(unit) * unit.shape[1]))
+    target = [
+        (gather(unit, part) @ unit.mT).masked_fill_(taken[:, None], -torch.inf).argmax(-1)
+        for part in source.split(some, 1)
+    ]
+    return source, torch.cat(target, 1)
 
 
 def merge_into(

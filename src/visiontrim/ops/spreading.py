@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from visiontrim.ops.select import gather
 
 
 def head_mean_logits(
@@ -23,6 +25,13 @@ def head_mean_logits(
     return flat_query @ flat_key.mT / heads
 
 
+def pick_heads(
+    heads: Float[Tensor, "batch heads tokens dim"], index: Int[Tensor, "batch picked"]
+) -> Float[Tensor, "batch heads picked dim"]:
+    """What the heads have of the tokens ``index``."""
+    return gather(heads.transpose(1, 2), index).transpose(1, 2)
+
+
 def absorb(
     targets: Float[Tensor, "batch targets dim"],
     sources: Float[Tensor, "batch sources dim"],
@@ -35,9 +44,22 @@ def absorb(
     interpolation), in proportion to it. A target becomes (x + sum alpha source) / (1 + sum alpha). float32 inside, the
     dtype of ``targets`` outside.
     """
-    threshold = correlation.quantile(eps, dim=-1, keepdim=True)
+    threshold = _quantile(correlation, eps)
     weight = correlation * (correlation >= threshold)
     total = weight.sum(-1, keepdim=True)
     weight = weight / torch.where(total > 0, total, 1.0)
     merged = targets.float() + weight.mT @ sources.float()
     return (merged / (1 + weight.sum(1)[..., None])).to(targets.dtype)
+
+
+def _quantile(values: Float[Tensor, "batch rows columns"], share: float) -> Float[Tensor, "batch rows 1"]:
+    """Quantile of each row, with linear interpolation, from the largest numbers alone.
+
+    ``torch.quantile`` sorts everything, and takes 16 million numbers at most.
+    """
+    last = values.shape[-1] - 1
+    place = share * last
+    below = min(int(place), last)
+    largest = values.topk(last - below + 1, dim=-1).values
+    above = largest[..., max(0, largest.shape[-1] - 2), None]
+    return torch.lerp(largest[..., -1:], above, place - below)

@@ -46,8 +46,9 @@ def answered(
     of a running cluster, whose machines must see the pictures under the same paths; without it one is started here.
     """
     try:
-        import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
+
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise TrimError("--runner ray needs Ray: pip install 'visiontrim[ray]', or take --runner local") from error
     import pickle

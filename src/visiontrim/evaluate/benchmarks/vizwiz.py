@@ -90,4 +90,5 @@ def _item(id: str | int, image: str, question: str, folder: Path, label: Record 
         bare=question,
         answers=() if label is None else tuple(answer.text("answer") for answer in label.many("answers")),
         type="question" if label is None else label.text("answer_type", default="question"),
+        facts={"name": image},
     )

@@ -1,0 +1,199 @@
+"""What was made cheaper answers as the plain form does: short loops over everything, on small and awkward inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import visiontrim as vt
+from visiontrim.ops import coverage, diverse, matching, recycle
+from visiontrim.ops.groups import principal_loadings, rank_within, suppressed
+from visiontrim.ops.spreading import _quantile  # pyright: ignore[reportPrivateUsage]
+
+SEEDS = range(4)
+every_seed = pytest.mark.parametrize("seed", SEEDS)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def alike(batch, tokens, dim, seed):
+    """Tokens of which many are equal or nearly so."""
+    values = random(batch, tokens, dim, seed=seed)
+    few = values[:, torch.randint(tokens // 3, (tokens,), generator=torch.Generator().manual_seed(seed))]
+    return few + (torch.arange(tokens) % 2)[:, None] * 1e-5 * values
+
+
+@every_seed
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_coverage_by_what_a_pick_changes(seed, count, monkeypatch):
+    monkeypatch.setattr(coverage, "PART", 8)
+    for values in (random(2, 40, 40, seed=seed), alike(2, 40, 40, seed)):
+        unit = F.normalize(values, dim=-1)
+        rows = (unit @ unit.mT / 0.2).softmax(-1)
+        for picks in (coverage.coverage_picks(rows, count), coverage._all_rows(rows, count)):
+            for b in range(2):
+                assert len(set(picks[b].tolist())) == count
+                covered, table = torch.zeros(40, 1, dtype=torch.float64), rows[b].double()
+                for number, pick in enumerate(picks[b].tolist()):
+                    gain = (table - covered).clamp(min=0).sum(0)
+                    gain[picks[b, :number]] = -1
+                    assert gain[pick] >= gain.max() - 1e-6  # but for rounding, no other adds more
+                    covered = torch.maximum(covered, table[:, pick, None])
+    assert torch.equal(coverage.coverage_picks(torch.zeros(1, 5, 9), 4), torch.arange(4)[None])
+
+
+@every_seed
+def test_nearest_similarities_in_strips(seed, monkeypatch):
+    monkeypatch.setattr(diverse, "SIMILARITIES", 7 * 2 * 50)
+    unit = F.normalize(alike(2, 50, 6, seed), dim=-1)
+    full = unit @ unit.mT
+    full.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    torch.testing.assert_close(diverse.nearest_similarity(unit), full.amax(-1))
+    seen = torch.zeros(50, 50)
+    for start, part in diverse.later_similarities(unit):
+        seen[start : start + part.shape[1], start:] += 1
+    assert bool((seen + seen.mT >= 1).all())
+
+
+@every_seed
+@pytest.mark.parametrize("length", [130, 131])
+def test_thinning_by_the_nearest_is_thinning_by_all(seed, length, monkeypatch):
+    """In float64, with few known neighbours and with so few that some are missed."""
+    values = alike(2, length, 8, seed).double()
+    order = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(seed)) for _ in range(2)])
+    expected = diverse.thin_out(values, order, 9)
+    unit = F.normalize(values[torch.arange(2)[:, None], order], dim=-1)
+    monkeypatch.setattr(diverse, "SHORT", 16)
+    for known in (40, 1):
+        monkeypatch.setattr(diverse, "NEAREST", known)
+        _, missed = diverse._thinned_by_nearest(unit, 9, 8)
+        assert bool(missed) == (known == 1)
+        assert torch.equal(diverse.thin_out(values, order, 9), expected)
+
+
+@every_seed
+@pytest.mark.parametrize("held", [1 << 24, 60])
+def test_complete_graph_matching_in_strips(seed, held, monkeypatch):
+    monkeypatch.setattr(diverse, "SIMILARITIES", held)
+    monkeypatch.setattr(matching, "SIMILARITIES", held)
+    metric, importance = random(2, 45, 6, seed=seed), random(2, 45, seed=seed + 9)
+    source, target = matching.match_any(metric, importance, 12)
+    best, other = matching.edges(metric)
+    for b in range(2):
+        unit = F.normalize(metric[b].double(), dim=-1)
+        cosine = (unit @ unit.mT).fill_diagonal_(-2)
+        torch.testing.assert_close(best[b].double(), cosine[::2, 1::2].amax(1), rtol=0, atol=1e-6)
+        assert other[b].tolist() == cosine[::2, 1::2].argmax(1).tolist()
+        order = sorted(range(45), key=lambda i: (-round(float(cosine[i].max()), 6), i))
+        rank = {token: place for place, token in enumerate(order)}
+        score = {
+            i: float(importance[b, i]) - max((float(cosine[i, j]) for j in range(45) if rank[j] > rank[i]), default=-9)
+            for i in range(45)
+        }
+        taken = sorted(order, key=lambda i: score[i])[:12]
+        assert source[b].tolist() == taken
+        free = [j for j in range(45) if j not in taken]
+        assert target[b].tolist() == [max(free, key=lambda j: float(cosine[i, j])) for i in taken]
+
+
+@every_seed
+@pytest.mark.parametrize("groups", [1, 2, 12])
+@pytest.mark.parametrize("threshold", [-0.5, 0.2, 0.7])
+def test_suppression_in_rounds(seed, groups, threshold):
+    """Also in one group, whose chains are long, and in groups of which one is far larger than the others."""
+    unit = F.normalize(random(2, 60, 4, seed=seed), dim=-1)
+    score = random(2, 60, seed=seed + 1).round(decimals=1)  # with ties
+    group = (random(2, 60, seed=seed + 2).abs() * groups / 2).long().clamp(max=groups - 1)
+    ours = suppressed(unit, group, score, torch.tensor([threshold, threshold + 0.1]))
+    for b in range(2):
+        kept: list[int] = []
+        for i in sorted(range(60), key=lambda i: (-float(score[b, i]), i)):
+            rivals = [j for j in kept if group[b, j] == group[b, i]]
+            if not any(float(unit[b, i] @ unit[b, j]) > threshold + 0.1 * b for j in rivals):
+                kept.append(i)
+        assert (~ours[b]).nonzero()[:, 0].tolist() == sorted(kept)
+    assert int(rank_within(group, score).max()) > 5
+
+
+@every_seed
+@pytest.mark.parametrize(("tokens", "dim"), [(30, 50), (50, 30), (50, 3)])
+def test_principal_loadings_on_the_shorter_side(seed, tokens, dim):
+    values = random(2, tokens, dim, seed=seed)
+    ours = principal_loadings(values, 6)
+    for b in range(2):
+        u, s, _ = torch.linalg.svd(values[b].double())
+        expected = F.pad(u[:, : min(6, len(s))].abs(), (0, max(0, 6 - len(s))))
+        torch.testing.assert_close(ours[b].double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@every_seed
+@pytest.mark.parametrize("held", [1 << 24, 70])
+def test_density_peaks_in_parts(seed, held, monkeypatch):
+    monkeypatch.setattr(recycle, "HELD", held)
+    values = alike(2, 48, 5, seed)
+    found = recycle.density_peaks(values, 9, 4)
+    for b in range(2):
+        x = values[b].double()
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / 5**0.5
+        density = (-distance.sort(1).values[:, :4].square().mean(1)).exp()
+        near = (distance[:, found.centres[b]] - distance[:, found.centres[b]].amin(1, keepdim=True)) <= 1e-6
+        others = [i for i in range(48) if i not in found.centres[b].tolist()]
+        assert all(bool(near[i, found.assignment[b, i]]) for i in others)
+        assert float(density.max()) <= 1
+    whole = recycle.density_peaks(values, 9, 4)
+    monkeypatch.undo()
+    again = recycle.density_peaks(values, 9, 4)
+    assert torch.equal(whole.centres, again.centres)
+    assert torch.equal(whole.assignment, again.assignment)
+
+
+def test_equal_tokens_are_at_no_distance_and_near_ones_are_not():
+    tokens = 100 + torch.tensor([[[0.0, 0.0], [0.0, 0.0], [1e-4, 0.0], [3.0, 4.0]]])
+    (distance,) = recycle._distances(tokens)
+    direct = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") * 2**-0.5
+    torch.testing.assert_close(distance, direct, rtol=1e-4, atol=0)
+    assert distance[0, 0, 1] == 0
+    assert distance[0, 0, 2] > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.998, 1.0])
+@pytest.mark.parametrize("columns", [1, 2, 57])
+def test_quantiles_by_the_largest(share, columns):
+    values = random(2, 5, columns)
+    torch.testing.assert_close(_quantile(values, share), values.quantile(share, dim=-1, keepdim=True))
+
+
+@pytest.fixture(scope="module")
+def selection():
+    path = Path(__file__).parent.parent / "benchmarks" / "selection.py"
+    spec = importlib.util.spec_from_file_location("selection", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ONE_STOP = {"fastvid", "pixelprune", "prunesid"}
+"""Methods that read the device once in a selection; on the CPU a copy to the host is none, so HoliTom's is not seen."""
+ON_THE_CPU = {"mmtok"}
+"""What stops there does not elsewhere."""
+
+
+@pytest.mark.parametrize(
+    "name", ["crossget", "divprune", "evs", "fastvid", "fastv", "holitom", "mmtok", "prunesid", "tome"]
+)
+def test_the_table_of_costs(name, selection, monkeypatch):
+    monkeypatch.setattr(selection, "KEEP", 20)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        row = selection.measured(name, 196, 1, 0.0)
+    assert row["tokens"] == 196
+    assert row["operations"] > 0
+    assert name in ON_THE_CPU or row["stops"] <= (name in ONE_STOP)
+    assert selection.table([row]).count("\n") == 2
+    assert name in vt.list_methods()

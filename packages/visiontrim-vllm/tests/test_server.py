@@ -32,17 +32,23 @@ def client(tmp_path_factory):
     with log.open("w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
     try:
-        for _ in range(1200):
+        until = time.monotonic() + 1800
+        while not answers():
             assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
+            assert time.monotonic() < until, log.read_text()[-4000:]
+            time.sleep(0.5)
         yield OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0)
     finally:
         process.terminate()
         process.wait(60)
+
+
+def answers() -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5)
+    except OSError:
+        return False
+    return True
 
 
 def messages(sample):

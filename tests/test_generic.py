@@ -96,5 +96,5 @@ def test_shared_keys_and_values_have_no_stage_between_layers():
     text = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 200, "layer_types": ["full_attention"] * 4}
     with torch.device("meta"):
         model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text | options))
-    with pytest.raises(vt.TrimError, match=r"decoder layer 2 and later ones use the keys and values of earlier layers"):
+    with pytest.raises(vt.TrimError, match=r"inputs of each token.*between decoder layers"):
         vt.trim(model, vt.Random(keep=0.5) | vt.Random(keep=0.5, layer=1))

@@ -46,7 +46,8 @@ def _take_plain_numbers(cls: type[Method]) -> None:
 
 def _plain(value: Any) -> Any:
     """``np.int64(64)`` as 64."""
-    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
+    item = getattr(value, "item", None)
+    return item() if isinstance(value, numbers.Number) and callable(item) else value
 
 
 @functools.cache

@@ -211,15 +211,14 @@ class TrimmedStaticLayer(Trimmed, StaticLayer):
     def get_max_length(self) -> int:
         return self.max_cache_len + self.removed
 
+    unreserved: int = 0
+    """Tokens by which :func:`reserve` has made the allocation smaller."""
+
     def reset(self) -> None:
         self.max_cache_len += self.unreserved
+        self.unreserved = 0
         self.cumulative_length = torch.zeros_like(self.cumulative_length)
         super().reset()
-
-    @property
-    def unreserved(self) -> int:
-        """Tokens by which :func:`reserve` has made the allocation smaller."""
-        return getattr(self, "_unreserved", 0)
 
 
 def static(cache: Cache | None) -> bool:
@@ -229,10 +228,11 @@ def static(cache: Cache | None) -> bool:
 
 def reserve(cache: Cache, fewer: int) -> None:
     """Let the layers of a static ``cache`` that hold nothing yet allocate ``fewer`` tokens; a negative number: more."""
-    for layer in cache.layers:
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
         if isinstance(layer, StaticLayer) and not layer.is_initialized:
             layer.max_cache_len -= fewer
-            layer._unreserved = getattr(layer, "_unreserved", 0) + fewer
+            layer.__dict__["unreserved"] = layer.__dict__.get("unreserved", 0) + fewer
 
 
 @functools.cache

@@ -191,9 +191,9 @@ class LanguageStage:
         if self._compact and positions.ndim != 2:
             raise TrimError(f"positions='compact' needs one position per token, not {len(positions)}: use 'keep'")
         if call is None:
-            within = self._context.call
-            shared = within is not None and within.owner is None and self._decoding is None
-            return Forward(cache, mask, length, past, positions, ahead=within.ahead if shared else None)
+            within = self._context.call if self._decoding is None else None
+            ahead = within.ahead if within is not None and within.owner is None else None
+            return Forward(cache, mask, length, past, positions, ahead=ahead)
         origin = torch.arange(length, device=embeds.device).expand(batch, -1)
         valid = torch.ones_like(origin, dtype=torch.bool) if mask is None else mask[:, -length:].bool()
         alive = Alive(origin, valid, [], [], self._lengths(call, batch, length, mask))

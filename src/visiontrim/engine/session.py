@@ -215,7 +215,7 @@ def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Ste
     inside = language.keys() | (set() if decoding is None else {decoding.layer})
     if inside and family.bidirectional:
         raise TrimError(
-            f"{type(family).__name__} lets image tokens attend in both directions, so none can be removed or hidden "
+            f"{type(family).__name__} {family.no_stages}, so none can be removed or hidden "
             f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
     layers = upstream.new_cache().layers

@@ -71,6 +71,8 @@ class Family(ABC):
     """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
+    no_stages: ClassVar[str] = "lets image tokens attend in both directions"
+    """Of a bidirectional family, why no tokens can be removed between decoder layers."""
     hybrid: ClassVar[bool] = False
     """Whether most decoder layers have linear attention, before which no tokens can be ranked."""
     turns: ClassVar[bool] = True

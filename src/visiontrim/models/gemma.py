@@ -96,10 +96,11 @@ class Gemma4(Family):
     checkpoints = "Gemma 4; videos as images"
     scores = "attention received, mean over each averaged unit"
     bidirectional = True
+    no_stages = "makes the masks of all layers, and their inputs of each token, before the first one"
 
     def __init__(self, model) -> None:
         super().__init__(model)
-        self.factor = self.model.config.vision_config.pooling_kernel_size
+        self.factor = getattr(self.model.config.vision_config, "pooling_kernel_size", 1)  # some have text alone
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_tower

@@ -57,7 +57,7 @@ def visiontrim() -> None:
         ),
     )
     release = vt.VisionTrim(keep=64, variant="release").steps()[0].select(view)
-    paper = vt.VisionTrim(keep=64, fusion="inverse_variance", merge="add", iterations=3).steps()[0].select(view)
+    paper = vt.VisionTrim(keep=64, stages="vision").steps()[0].select(view)
     print("visiontrim: of 64 tokens,", common(release.index, paper.index), "are kept by the release and by the paper")
 
 

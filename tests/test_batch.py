@@ -19,7 +19,7 @@ from visiontrim.serving.rows import Row, digest, read_rows
 from visiontrim.zoo import held_out
 
 SAMPLES = list(held_out(2))[:7]
-RECIPE = {"method": "visiontrim", "keep": 64}
+RECIPE = {"method": "visiontrim", "keep": 64, "variant": "lean"}
 
 
 @pytest.fixture(scope="module")

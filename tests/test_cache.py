@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, cache_utils
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 import tiny
 import visiontrim as vt
@@ -92,11 +92,15 @@ def test_reset_forgets_what_was_removed():
 def test_layers_that_cannot_lack_tokens_are_refused():
     cache = DynamicCache()
     cache.layers.append(DynamicLayer())
-    check_cache(cache)
-    check_cache(None)
+    check_cache(cache, even=False)
+    check_cache(None, even=False)
     cache.layers.append(StaticLayer(max_cache_len=4))
-    with pytest.raises(vt.TrimError, match=r"layer 1 of the cache is a StaticLayer.*use a DynamicCache"):
-        check_cache(cache)
+    check_cache(cache, even=True)
+    with pytest.raises(vt.TrimError, match=r"layer 1 of the cache is a StaticLayer.*or a DynamicCache"):
+        check_cache(cache, even=False)
+    cache.layers.append(StaticSlidingWindowLayer(max_cache_len=4, sliding_window=2))
+    with pytest.raises(vt.TrimError, match=r"layer 2 of the cache is a StaticSlidingWindowLayer.*use a DynamicCache"):
+        check_cache(cache, even=True)
 
 
 def test_a_layer_keeps_its_home():

@@ -300,7 +300,7 @@ def test_pipes():
     SAMPLES[0].image.save(buffer, "PNG")
     done = command("ask", "-", QUESTION, "--json", input=buffer.getvalue(), capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert json.loads(done.stdout)["tokens"]["kept"] == 64
+    assert json.loads(done.stdout)["tokens"]["kept"] == 146
     done = command("ask", "-", QUESTION, input=b"", capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"visiontrim: standard input is empty")

@@ -397,7 +397,7 @@ def test_steps_of_several_tokens_are_refused(options, message):
     ("name", "build", "message"),
     [
         ("llava", lambda: view(view_layer=0), "view_layer=0: give a decoder layer"),
-        ("llava", lambda: view(view_layer=2.5), "view_layer=2.5: give a decoder layer"),
+        ("llava", lambda: view(view_layer=2.5), "view_layer=2.5: give a whole number"),
         ("llava", lambda: view(view_drop=1.5), "view_drop=1.5: give a share"),
         (
             "llava",
@@ -407,7 +407,6 @@ def test_steps_of_several_tokens_are_refused(options, message):
         ("llava", lambda: view() | vt.Random(keep=0.5, layer=2), "let it do so from layer 3 on"),
         ("llava", lambda: Noted(step=Noting(1, None, [])) | view(), "leave it to one"),
         ("gemma3", lambda: view(), "so none can be removed or hidden between decoder layers"),
-        ("aya_vision", lambda: view(), "only full-attention decoders"),
     ],
 )
 def test_what_cannot_work_is_refused(name, build, message):

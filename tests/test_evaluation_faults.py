@@ -733,10 +733,10 @@ def test_the_likelihood_of_an_answer(speaker):
     with torch.inference_mode():
         expected = speaker.model(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, labels=labels).loss
     assert whole == pytest.approx(float(expected), abs=1e-5)
-    ours = likelihood(speaker, item, answer, load_method("visiontrim:keep=64"))
-    other = likelihood(speaker, item, "star", load_method("visiontrim:keep=64"))
+    ours = likelihood(speaker, item, answer, load_method("visiontrim:keep=64,variant=lean"))
+    other = likelihood(speaker, item, "star", load_method("visiontrim:keep=64,variant=lean"))
     assert ours[0] < other[0]
     assert ours[1]
     assert not other[1]
     text = Item("2", "2", (), question, (answer,), "color")
-    assert likelihood(speaker, text, answer, load_method("visiontrim:keep=64"))[0] > 0
+    assert likelihood(speaker, text, answer, load_method("visiontrim:keep=64,variant=lean"))[0] > 0

@@ -34,8 +34,9 @@ MERGING = [
     *(
         small(name)
         for name, method in vt.list_methods().items()
-        if method.merges and name not in {key.partition(",")[0] for key in BY_HAND}
+        if method.merges and name != "apet" and name not in {key.partition(",")[0] for key in BY_HAND}
     ),
+    vt.ApET(keep=0.5, variant="code"),  # the paper's selects only
     vt.VisionZip(keep=0.5, variant="release"),
     vt.PruMerge(keep=0.5, variant="release"),
     vt.FastVID(keep=0.5, members="others"),

@@ -251,7 +251,9 @@ def test_two_turns_of_a_checkpoint(checkpoint):
     cache = DynamicCache(config=model.config.text_config)
     image = model.config.image_token_id
     options = {CACHE: cache, "max_new_tokens": 4, "suppress_tokens": [image], "eos_token_id": None}
-    with vt.trim(model, "visiontrim", keep=0.3, processor=speaker.processor, question="what is left?") as run:
+    with vt.trim(
+        model, "visiontrim:variant=lean", keep=0.3, processor=speaker.processor, question="what is left?"
+    ) as run:
         first = generate(model, inputs, **options)
         trace = run.trace
         told = {"input_ids": torch.cat([first.sequences, torch.tensor([[20, 21, 22]])], 1)}

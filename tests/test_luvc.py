@@ -98,7 +98,7 @@ def test_a_layer_without_vision_tokens_caches_text_alone():
     assert [layer.keys.shape[-2] for layer in cache.layers] == [text + 18, text + 10, text, text, text]
     assert run.report.per_layer == (9, 5, 0, 0, 0)
     assert run.report.stages[-1]["dominant"] == 0
-    assert "16 -> 9 vision tokens, mean 2.8 per layer" in str(run.report)
+    assert "(16 -> 9 vision tokens each), mean 2.8 per layer and image" in str(run.report)
 
 
 def test_the_picture_shows_the_last_tokens_that_were_left():

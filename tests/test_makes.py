@@ -145,7 +145,9 @@ def granite_vision() -> Any:
     return prepared(config)
 
 
-@pytest.mark.parametrize("plan", [vt.VisionTrim(keep=20), vt.DivPrune(keep=20) | vt.FastV(keep=(0.5,), layer=2)])
+@pytest.mark.parametrize(
+    "plan", [vt.VisionTrim(keep=20, stages="vision"), vt.DivPrune(keep=20) | vt.FastV(keep=(0.5,), layer=2)]
+)
 def test_features_of_several_layers(plan):
     model, inputs = granite_vision(), Prompts("llava_next", (3, "image", 5), (1, "image", 2)).batch()
     with vt.trim(model, plan, positions="keep") as run:
@@ -158,11 +160,11 @@ def test_features_of_several_layers(plan):
 
 def test_the_last_of_several_layers_ranks():
     model, inputs = granite_vision(), Prompts("llava_next", (3, "image", 5)).batch()
-    with vt.trim(model, vt.VisionTrim(keep=20)) as run:
+    with vt.trim(model, vt.VisionTrim(keep=20, stages="vision")) as run:
         generate(model, inputs, max_new_tokens=1)
         first = [stage.index.tolist() for image in run.trace.images for stage in image.stages]
     model.config.vision_feature_layer = [-1, -6, -4, -2]  # the same four
-    with vt.trim(model, vt.VisionTrim(keep=20)) as run:
+    with vt.trim(model, vt.VisionTrim(keep=20, stages="vision")) as run:
         generate(model, inputs, max_new_tokens=1)
     assert first == [stage.index.tolist() for image in run.trace.images for stage in image.stages]
 

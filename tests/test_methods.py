@@ -427,7 +427,7 @@ def test_controls_stand_where_they_are_put():
         ({"neighbourhood": "far"}, "neighbourhood='far' is no choice"),
         ({"similarity": "l2"}, "similarity='l2' is no choice"),
         ({"scale": 0.0}, "scale=0.0: give a number above 0"),
-        ({"scale": "clip"}, "scale='clip': give a number above 0"),
+        ({"scale": "clip"}, "scale='clip': give a number"),
         ({"sign": 0}, "sign=0 is no choice: choose from 1, -1"),
         ({"patch_space": "first"}, "patch_space='first' is no choice"),
         ({"merge": "mean", "iterations": 0}, "merge='mean' has nothing to say with iterations=0: give iterations=3"),

@@ -51,8 +51,9 @@ def test_fastv_is_the_row_of_the_eager_model(rows, attention):
         assert image.stages[0].index.tolist() == sorted(scores.topk(6).indices.tolist())
     hidden = hidden_places(inputs, run.trace)
     alive = inputs["attention_mask"].bool() & ~hidden[2]
-    with Masked(llava(attention), inputs["attention_mask"], hidden) as masked:
-        close(logits[alive], masked.model(**inputs).logits[alive])
+    plain = llava(attention)
+    with Masked(plain, inputs["attention_mask"], hidden):
+        close(logits[alive], plain(**inputs).logits[alive])
 
 
 # ------------------------------------------------------------------------------------------------ PyramidDrop

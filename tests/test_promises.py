@@ -69,7 +69,7 @@ def test_a_copy_of_a_configuration_keeps_every_promise(name, tmp_path):
     assert found.tried.endswith("random weights, float32")
     assert found.family.startswith("generic facts") == (name in families.GENERIC)
     between = next(one for one in found.possible if one.what == "a stage between decoder layers")
-    assert between.possible == (name not in (*families.BIDIRECTIONAL, "aya_vision"))
+    assert between.possible == (name not in families.BIDIRECTIONAL)
 
 
 @contextmanager

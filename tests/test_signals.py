@@ -74,7 +74,7 @@ def test_an_encoder_without_cls_gives_attention_received_instead():
     inputs = prompts((3, "image", 5))
     view = spy(llava(tower="siglip"), inputs, "encoder.cls_attention")
     assert "cls_attention" not in view.encoder
-    with vt.trim(llava(tower="siglip"), "visiontrim", keep=6) as run:
+    with vt.trim(llava(tower="siglip"), "visiontrim:variant=lean", keep=6) as run:
         run.model(**inputs)
     top = view.encoder.received_attention[0].topk(6).indices.sort().values
     assert torch.equal(run.trace.images[0].stages[0].index, top)

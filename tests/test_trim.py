@@ -21,12 +21,10 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     PreTrainedTokenizerFast,
-    StaticCache,
 )
 
 import tiny
 import visiontrim as vt
-from releases import CACHE
 from tiny import llava, prompts, sample
 from visiontrim.measure import Clock
 from visiontrim.models.text import MAX_WINDOWS
@@ -176,10 +174,6 @@ def test_no_report_without_an_image(model, inputs):
 
 def test_what_needs_equal_cache_layers(model, inputs):
     with vt.trim(model, "random", keep=4):
-        with pytest.raises(vt.TrimError, match=r"StaticLayer.*use a DynamicCache"):
-            model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
-        with pytest.raises(vt.TrimError, match=r"StaticLayer.*use a DynamicCache"):
-            model(**inputs, **{CACHE: StaticCache(config=model.config.text_config, max_cache_len=64)})
         with pytest.raises(vt.TrimError, match=r"prefill_chunk_size=8 .*: use None"):
             model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
         length = inputs["input_ids"].shape[1]

@@ -92,6 +92,8 @@ def option_value(name: str, value: object) -> object:
         return tuple(value)
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = int(value)  # of numpy
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool | int | float):
+        value = float(value)
     _check_plain(name, value, value)
     return value
 

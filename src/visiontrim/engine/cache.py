@@ -11,7 +11,7 @@ A cache knows lengths and which of its keys are padding; it knows nothing of ima
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +177,8 @@ class Trimmed(_Base):
         self.glanced = None if self.glanced is None else self.glanced.rows(function)
 
 
-def plain_step(arguments: Mapping[str, Any]) -> bool:
-    """Whether a forward with these ``arguments`` is one token on a cache that lacks the same in all layers, no padding.
+def plain_step(args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward with these arguments is one token on a cache that lacks the same in all layers, no padding.
 
     Such a step needs no help: what the cache says of its length and of the sizes of masks is enough.
     """
@@ -192,6 +192,7 @@ def plain_step(arguments: Mapping[str, Any]) -> bool:
         return False  # of a static cache, generate() has made it by what the layers say of themselves
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    tokens = args[0] if tokens is None and args else tokens
     return tokens is not None and tokens.shape[1] == 1
 
 

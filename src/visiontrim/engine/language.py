@@ -121,7 +121,7 @@ class LanguageStage:
             raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
 
     def _enter(self, module, args, kwargs):
-        if self.quiet and plain_step(kwargs):
+        if self.quiet and plain_step(args, kwargs):
             return None
         call, cache = self._context.call, given_cache(kwargs)
         if kwargs.get("inputs_embeds") is None:  # the text model, called by itself
@@ -310,7 +310,7 @@ class LanguageStage:
         return hidden
 
     def _leave(self, module, args, kwargs, output):
-        if self.quiet and plain_step(kwargs):
+        if self.quiet and plain_step(args, kwargs):
             return None
         prefill: Forward | None = self._context.forward
         self._context.forward = None

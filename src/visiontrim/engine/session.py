@@ -141,7 +141,7 @@ class Session:
             self.context.end()
 
     def _begin_forward(self, module, args, kwargs):
-        if self._quiet and plain_step(kwargs):
+        if self._quiet and plain_step(args, kwargs):
             return None
         self._inside.refresh()
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -179,7 +179,7 @@ class Session:
         return args, kwargs | {"labels": call.labels}
 
     def _end_forward(self, module, args, kwargs, output) -> None:
-        if self._quiet and plain_step(kwargs):
+        if self._quiet and plain_step(args, kwargs):
             return
         if (call := self.context.call) is None:
             return

@@ -40,7 +40,7 @@ def check_fields(method: Method) -> None:
         elif hint is float:
             require(_finite(value), f"{name}={value!r}: give a number")
         elif get_origin(hint) is tuple and float in get_args(hint):
-            fits = isinstance(value, tuple) and all(map(_finite, value))
+            fits = isinstance(value, tuple) and all(_finite(part) or part in (math.inf, -math.inf) for part in value)
             require(fits, f"{name}={value!r}: give a list of numbers")
 
 

@@ -29,6 +29,16 @@ class LlavaLike(Family):
     Of any other nothing is read: methods that rank by its attention are told that there is none.
     """
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        states = getattr(model.config.vision_config, "num_hidden_layers", None)
+        for layer in self.feature_layers if states is not None else ():
+            if not -states - 1 <= layer <= states:
+                raise TrimError(
+                    f"vision_feature_layer={layer}, but the encoder has {states} layers: its configuration is damaged; "
+                    f"give {-states - 1} to {states}"
+                )
+
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_tower
 
@@ -99,12 +109,6 @@ class LlavaLike(Family):
             raise TrimError(
                 f"vision_feature_layer={config.vision_feature_layer} concatenates layers, and it is open which one's "
                 "attention should rank their tokens: use a single layer"
-            )
-        states = config.vision_config.num_hidden_layers + 1
-        if not -states <= config.vision_feature_layer < states:
-            raise TrimError(
-                f"vision_feature_layer={config.vision_feature_layer}, but the encoder has {states - 1} layers: its "
-                f"configuration is damaged; give {-states} to {states - 1}"
             )
 
 

@@ -100,6 +100,7 @@ def servable(method: Method) -> Method:
 
     Raises :class:`TrimError` for all others.
     """
+    method = method.as_part()  # the language model's part is vLLM's
     if any(isinstance(step.site, DecoderLayer) for step in method.steps()) or method.decoding is not None:
         raise TrimError(
             f"{method} acts inside the language model, whose layers share one length of the cache in vLLM: take a "

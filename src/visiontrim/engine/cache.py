@@ -222,6 +222,10 @@ class TrimmedStaticLayer(Trimmed, StaticLayer):
         super().reset()
 
 
+_UNRESERVED = "unreserved"
+"""Attribute of a static layer that :func:`reserve` notes itself in, of :class:`TrimmedStaticLayer` a field."""
+
+
 def static(cache: Cache | None) -> bool:
     """Whether ``cache`` allocates all of its length at once."""
     return cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
@@ -233,7 +237,7 @@ def reserve(cache: Cache, fewer: int) -> None:
     for layer in layers:
         if isinstance(layer, StaticLayer) and not layer.is_initialized:
             layer.max_cache_len -= fewer
-            layer.__dict__["unreserved"] = layer.__dict__.get("unreserved", 0) + fewer
+            setattr(layer, _UNRESERVED, getattr(layer, _UNRESERVED, 0) + fewer)
 
 
 @functools.cache

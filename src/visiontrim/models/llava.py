@@ -31,7 +31,7 @@ class LlavaLike(Family):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        states = getattr(model.config.vision_config, "num_hidden_layers", None)
+        states: Any = getattr(model.config.vision_config, "num_hidden_layers", None)
         for layer in self.feature_layers if states is not None else ():
             if not -states - 1 <= layer <= states:
                 raise TrimError(

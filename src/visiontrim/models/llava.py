@@ -31,8 +31,11 @@ class LlavaLike(Family):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        states: Any = getattr(model.config.vision_config, "num_hidden_layers", None)
-        for layer in self.feature_layers if states is not None else ():
+        vision = model.config.vision_config
+        if not hasattr(vision, "num_hidden_layers"):
+            return
+        states = vision.num_hidden_layers
+        for layer in self.feature_layers:
             if not -states - 1 <= layer <= states:
                 raise TrimError(
                     f"vision_feature_layer={layer}, but the encoder has {states} layers: its configuration is damaged; "

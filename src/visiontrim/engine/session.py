@@ -204,10 +204,11 @@ _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass 
 
 
 def _between_layers(family: Family, upstream: Upstream) -> bool:
-    """Whether tokens can be removed between decoder layers, whatever the length of the prompt."""
+    """Whether tokens can be removed between decoder layers; of prompts that fit into a window where there is one."""
     layers = upstream.new_cache().layers
     enough = len(layers) >= len(family.language_model.layers)
-    return not family.bidirectional and enough and all(type(layer) is DynamicLayer for layer in layers)
+    kinds = DynamicLayer, DynamicSlidingWindowLayer
+    return not family.bidirectional and enough and all(type(layer) in kinds for layer in layers)
 
 
 def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Step], decoding: Decoding | None) -> None:

@@ -10,9 +10,9 @@
   normalised over the vision tokens: over the text tokens, as printed, every token would get the same mean of 1/L.
 
 The defaults are the paper's method. Where it is silent or can be read in two ways, the choice is an option, and the
-default the reading that measured best on the bundled models (docs/visiontrim.md).
+default a reading that no other measured better than, on the bundled LLaVA (docs/visiontrim.md).
 
-``variant="lean"`` is what measured best there among all that we tried: [CLS] alone, no merging, the vision stage.
+``variant="lean"`` is ahead of every reading there: [CLS] alone, no merging, the vision stage.
 
 The released code differs, and users report that it does not reach the paper's table. ``variant="release"`` does what it
 does: half the normalised [CLS] attention plus half the normalised attention received instead of eq. 6, text

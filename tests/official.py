@@ -9,6 +9,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -336,12 +337,31 @@ def frames(folder: Path, seed: int) -> None:
         scene(seed).save(folder / f"{number:03d}.png")
 
 
-def videos(root: Path) -> Path:
-    home = root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA"
+def open_questions(root: Path, folder: str = "MSVD_Zero_Shot_QA", videos: str = "videos") -> Path:
+    """Of Video-ChatGPT's four sets, which differ in the folder of their videos."""
+    home = root / "GPT_Zero_Shot_QA" / folder
     asked = [{"video_name": f"v{s}", "question": q, "question_id": f"q{n}"} for n, (s, q, _) in enumerate(pairs())]
     truths = [{"answer": a, "question_id": f"q{n}"} for n, (_, _, a) in enumerate(pairs())]
     save(home / "test_q.json", asked)
     save(home / "test_a.json", truths[::-1])  # joined by id, so the order says nothing
+    for seed, _, _ in pairs():
+        frames(home / videos / f"v{seed}", seed)
+    return root
+
+
+def tgif(root: Path) -> Path:
+    """Its videos are animations: each is one file of two frames."""
+    open_questions(root, "TGIF_Zero_Shot_QA", "mp4")
+    home = root / "GPT_Zero_Shot_QA" / "TGIF_Zero_Shot_QA" / "mp4"
+    for folder in list(home.iterdir()):
+        first, *rest = (Image.open(path).quantize(256) for path in sorted(folder.iterdir()))
+        first.save(home / f"{folder.name}.gif", save_all=True, append_images=rest, duration=[100, 200])
+        shutil.rmtree(folder)
+    return root
+
+
+def videos(root: Path) -> Path:
+    open_questions(root)
     mv = [{"video": f"v{s}", "question": q, "candidates": ["hills", a], "answer": a} for s, q, a in pairs()]
     save(root / "mvbench" / "json" / "action_count.json", mv[:3])
     save(root / "mvbench" / "json" / "moving_count.json", mv[3:])
@@ -361,7 +381,6 @@ def videos(root: Path) -> Path:
     ]
     lines(root / "videomme" / "videomme.jsonl", mme_rows)
     for seed, _, _ in pairs():
-        frames(home / "videos" / f"v{seed}", seed)
         frames(root / "mvbench" / "video" / "perception" / f"v{seed}", seed)
         frames(root / "videomme" / "data" / f"v{seed}", seed)
     (root / "videomme" / "subtitle").mkdir()
@@ -389,6 +408,9 @@ WRITERS = {
     "mme": mme,
     "mme-perception": mme,
     "msvd-qa": videos,
+    "msrvtt-qa": lambda root: open_questions(root, "MSRVTT_Zero_Shot_QA", "videos/all"),
+    "tgif-qa": tgif,
+    "activitynet-qa": lambda root: open_questions(root, "Activitynet_Zero_Shot_QA", "all_test"),
     "mvbench": videos,
     "videomme": videos,
     "videomme-subtitles": videos,

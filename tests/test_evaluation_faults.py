@@ -25,9 +25,11 @@ from visiontrim.cli import main
 from visiontrim.commands.progress import Progress
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, _off
+from visiontrim.evaluate.benchmarks import list_benchmarks, open_benchmark
 from visiontrim.evaluate.evaluation import Block, evaluate
 from visiontrim.evaluate.files import read_items
 from visiontrim.evaluate.fingerprint import fingerprint, setup
+from visiontrim.evaluate.given import join, read_given
 from visiontrim.evaluate.items import Item, Suite
 from visiontrim.evaluate.log import NAME, Log, claimed
 from visiontrim.evaluate.protocol import PROTOCOLS, SYSTEM, Protocol, protocol, square
@@ -497,34 +499,55 @@ def test_other_files_of_questions(tmp_path):
         load_suite(str(folder))
 
 
-@pytest.mark.parametrize("name", ["gqa", "pope", "mmbench", "mme", "scienceqa", "msvd-qa", "vqav2"])
-def test_a_benchmark_from_its_files_to_its_uploads(name, cli, tmp_path):
-    """Plain, VisionTrim and controls; answers are written, scored again, and the upload is the same."""
+@pytest.mark.parametrize("name", list_benchmarks())
+def test_a_benchmark_from_its_files_to_its_uploads(name, cli, tmp_path, monkeypatch, speaker):
+    """Plain, VisionTrim and controls; answers are written and scored again, and so is the upload, which says the same."""
+    monkeypatch.setattr("visiontrim.commands.evaluate.load_speaker", lambda *_: speaker)
+    monkeypatch.setattr("visiontrim.evaluate.output.frontier", lambda *_: [])  # it draws
     official.WRITERS[name](tmp_path)
-    out = tmp_path / "out"
-    command = ("eval", "--suite", f"{name}:{tmp_path}", "--keep", 64, "--scenes", 1, "--seeds", 1)
-    command += ("--frames", 1, "--answer", 3)
-    code, said, err = cli(*command, "--protocol", "bare", "--batch", 8, "--device", "cpu", "--out", out, "--json")
+    out, suite = tmp_path / "out", f"{name}:{tmp_path}"
+    command = ("eval", "--suite", suite, "--keep", 64, "--scenes", 1, "--seeds", 1, "--frames", 1, "--answer", 3)
+    code, said, err = cli(*command, "--protocol", "bare", "--batch", 8, "--out", out, "--json")
     assert code == 0, err
     told = json.loads(said)
     assert [score["method"] for score in told["scores"]] == ["random", "uniform", "downsampled", "visiontrim"]
+    benchmark, files = open_benchmark(suite)
+    items = benchmark.read(files)
     for method in ("plain", "random-64", "visiontrim-64"):
         (upload,) = (out / "uploads").glob(f"{method}*")
+        answers = out / "answers" / f"{method}.jsonl"
         again = tmp_path / f"again{upload.suffix}"
-        code, said, err = cli(
-            "score", f"{name}:{tmp_path}", out / "answers" / f"{method}.jsonl", "--partial", "--upload", again, "--json"
-        )
+        code, said, err = cli("score", suite, answers, "--partial", "--upload", again, "--json")
         assert code == 0, err
-        scored = json.loads(said)
-        if name == "vqav2":
-            assert "scores" not in scored
+        (first, *_), scored = json.loads(said).get("scores", [None]), told["plain"]
+        if method != "plain":
+            scored = told["scores"][0 if method == "random-64" else 3]
+        if name in ("vqav2", "vizwiz"):
+            assert first is None, "only a server has the labels"
         else:
-            expected = told["plain"] if method == "plain" else told["scores"][0 if method == "random-64" else 3]
-            assert scored["scores"][0]["score"] == pytest.approx(expected["score"])
-        if upload.is_dir() or upload.suffix == ".xlsx":  # a spreadsheet holds the time of its making
-            assert again.exists()
-        else:
+            assert first["score"] == pytest.approx(scored["score"])
+        if upload.is_dir():
+            pairs = [(path.read_bytes(), (again / path.name).read_bytes()) for path in upload.iterdir()]
+            assert pairs
+            assert all(one == other for one, other in pairs)
+        elif upload.suffix != ".xlsx":  # a spreadsheet holds the time of its making
             assert again.read_bytes() == upload.read_bytes()
+        # Read back, the upload holds every answer in the form that is compared, and nothing else
+        wanted = join(benchmark, items, read_given(answers), answers, partial=True)
+        found = join(benchmark, items, read_given(upload), upload, partial=True)
+        assert wanted.texts
+        asked = [item for item in found.items if name != "vqav2" or item in wanted.items]
+        assert asked == list(wanted.items)
+        texts = dict(zip(found.items, found.texts, strict=True))
+        assert [benchmark.parse(item, texts[item]) for item in asked] == [
+            benchmark.parse(item, text) for item, text in zip(asked, wanted.texts, strict=True)
+        ]
+        code, said, err = cli("score", suite, upload, "--partial", "--json")
+        if first is None:
+            assert code == 2
+        else:
+            assert code == 0, err
+            assert json.loads(said)["scores"][0]["score"] == pytest.approx(scored["score"])
     if name == "scienceqa":
         rows = [json.loads(line) for line in (out / NAME).read_text().splitlines()]
         assert sum(not row["per_layer"] for row in rows) in (0, 1), "without a picture only the plain model is asked"

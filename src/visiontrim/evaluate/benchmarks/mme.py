@@ -117,6 +117,9 @@ class MME(Benchmark):
             path.mkdir(exist_ok=True)
         except OSError as error:
             raise TrimError(f"{path} cannot be made ({error.strerror or error}): write somewhere else") from error
+        # The official tool takes each two lines in a row for the two questions of a picture
+        pictures = {group: place for place, group in enumerate(dict.fromkeys(item.group for item in items))}
+        ordered = sorted(zip(items, texts, strict=True), key=lambda pair: pictures[pair[0].group])
         for category in dict.fromkeys(item.type for item in items):
             lines = [
                 "\t".join(
@@ -127,7 +130,7 @@ class MME(Benchmark):
                         _one_line(text),
                     )
                 )
-                for item, text in zip(items, texts, strict=True)
+                for item, text in ordered
                 if item.type == category
             ]
             save_text("\n".join(lines) + "\n", path / f"{category}.txt")
@@ -171,7 +174,7 @@ def _item(
         bare=bare,
         answers=() if label is None else (label,),
         type=category,
-        facts={"asked": key[2] if key else f"{bare} {ASKS}"},
+        facts={"asked": key[2] if key else f"{bare} {ASKS}", "name": f"{category}/{Path(image).name.split('.')[0]}"},
     )
 
 

@@ -129,14 +129,17 @@ def _item(name: str, question: str, image: str, folder: Path, label: Record | No
 
 
 def _tables(pairs: Sequence[tuple[Item, float]]) -> dict[str, Table]:
-    """By capability, where a question counts under each that it lists, and by the set of them."""
+    """By capability, where a question counts under each that it lists, and by the set of them in any order."""
     values = [value for _, value in pairs]
     sets = [item.facts["capability"] for item, _ in pairs]
     known = list(dict.fromkeys((*CAPABILITIES, *(name for names in sets for name in names))))
+    titles: dict[frozenset[str], str] = {}
+    for names in sets:
+        titles.setdefault(frozenset(names), "_".join(names))
     each = {name: share(v for v, names in zip(values, sets, strict=True) if name in names) for name in known}
     return {
         "capability": {name: row for name, row in each.items() if row["questions"]},
-        "combination": shares(["_".join(names) for names in sets], values),
+        "combination": shares([titles[frozenset(names)] for names in sets], values),
     }
 
 

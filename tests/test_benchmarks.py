@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -308,6 +309,10 @@ def test_mm_vet_has_no_score_without_grades(read, tmp_path):
     assert tables["all"]["total"] == {"total": 75.0, "std": 25.0, "runs": 2, "questions": len(items)}
     assert tables["capability"]["math"]["total"] == 50.0
     assert tables["combination"]["rec_ocr"] == {"total": 100.0, "std": 0.0, "runs": 2, "questions": 3}
+    swapped = [dataclasses.replace(i, facts=i.facts | {"capability": i.facts["capability"][::-1]}) for i in items[::-1]]
+    tables = benchmark.grades([*items, *swapped], read_grades(tmp_path / "g.json")).tables
+    assert tables["combination"]["rec_ocr"]["questions"] == 6, "a set of capabilities has no order"
+    assert "ocr_rec" not in tables["combination"]
     del grades["v1_0"]
     official.save(tmp_path / "g.json", grades)
     with pytest.raises(TrimError, match="1 of 6 questions have no grade, the first is v1_0"):
@@ -361,6 +366,19 @@ def test_mme_scores_questions_and_pictures(read, tmp_path):
     assert line[1].endswith("?  Please answer yes or no.")
     assert line[2] in ("Yes", "No")
     assert line[3] == "Yes sir"
+    first, second = [items[k] for k in range(len(items)) if items[k].type == "artwork"][::2]
+    mixed = [first, second, *(i for i in items if i.type == "artwork" and i not in (first, second))]
+    benchmark.write(mixed, ["a"] * len(mixed), tmp_path / "mixed")
+    names = [line.split("\t")[0] for line in (tmp_path / "mixed" / "artwork.txt").read_text().splitlines()]
+    assert names[::2] == names[1::2], "the official tool takes two lines in a row for one picture"
+    (tmp_path / "up" / "artwork.txt").write_text("a.jpg\tWhat?\tYes\n")
+    with pytest.raises(
+        TrimError, match=r"artwork\.txt, line 1: it has 3 fields, where picture, question, right answer"
+    ):
+        read_given(tmp_path / "up")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrimError, match=r"empty holds no answers: .* a CATEGORY\.txt for each"):
+        read_given(tmp_path / "empty")
     (tmp_path / "MME" / "llava_mme.jsonl").unlink()
     built = benchmark.read(files)
     assert {(i.group, i.question, i.answers) for i in built} == {(i.group, i.question, i.answers) for i in items}
@@ -426,6 +444,25 @@ def test_answers_to_other_questions_are_no_score(read, tmp_path):
     official.lines(path, [{"question_id": "no", "text": "x"}])
     with pytest.raises(TrimError, match="none of the 1 answers"):
         join(benchmark, items, read_given(path), path)
+
+
+def test_a_question_that_is_part_of_another_has_its_own_answer(read, tmp_path):
+    """Two questions share an id; the answer to the longer one comes first and holds the words of the shorter."""
+    benchmark, _, items = read("textvqa")
+    short, long = (
+        dataclasses.replace(items[0], bare=text, question=f"{text}\n{SHORT}")
+        for text in ("what is it", "what is it in")
+    )
+    path = given(tmp_path / "a.jsonl", [long, short], ["long", "short"])
+    assert join(benchmark, [short, long], read_given(path), path).texts == ("short", "long")
+
+
+def test_the_right_answer_in_an_upload_is_no_answer(read, tmp_path):
+    """Uploads of Video-MME hold both; read back they score what was answered."""
+    benchmark, files, items = read("videomme")
+    benchmark.write(items, ["A"] * len(items), tmp_path / "up.json")
+    joined = join(benchmark, items, read_given(tmp_path / "up.json"), tmp_path / "up.json")
+    assert score(benchmark, files, joined).sample.value == 0.0
 
 
 def spoil(path: Path, how: str) -> None:

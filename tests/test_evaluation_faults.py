@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -284,6 +285,34 @@ def test_progress_on_a_terminal_rewrites_a_line():
     assert file.getvalue() == "\rbatches: 1 of 2, about 10 min left" + f"\r{'batches: 2 of 2':<34}\n"
 
 
+def test_scores_of_the_models_that_ship_tell_how_far_they_are(cli, monkeypatch, speaker):
+    """Every question of every way to look is a step, and every scene of every embedding; off a terminal a line.
+
+    Nothing is answered here but by a stand-in.
+    """
+    monkeypatch.setattr("visiontrim.zoo.loading.load", lambda _: speaker)
+    monkeypatch.setattr("visiontrim.zoo.dynamic.load_qwen", lambda _: speaker)
+    monkeypatch.setattr("visiontrim.zoo.evaluate.trim", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr("visiontrim.zoo.evaluate.answer", lambda _, __, batch, **___: [""] * len(batch))
+    monkeypatch.setattr("visiontrim.zoo.evaluate.blind_answers", lambda samples, *_, **__: [""] * len(samples))
+    monkeypatch.setattr("visiontrim.zoo.canvas_scores.blind_canvas_answers", lambda samples, _: [""] * len(samples))
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (None, itertools.count(step=61).__next__, 60.0))
+    for command, what in (
+        (("eval", "--scenes", 1, "--control-scenes", 1), "standard: questions x ways to look"),
+        (("eval", "qwen", "--split", "8x8", "--scenes", 1), "canvases of 8x8: questions x ways to look"),
+        (("phrases", "--scenes", 2), "scenes x embeddings"),
+    ):
+        code, _, err = cli("zoo", *command)
+        assert code == 0, err
+        lines = [re.fullmatch(rf"{what}: ([\d,]+) of ([\d,]+), about (.+) left", line) for line in err.splitlines()]
+        assert all(lines), err
+        done = [int(line[1]) for line in lines]
+        assert done == sorted(set(done))
+        assert len(done) >= 4
+        assert {int(line[2]) for line in lines} == {int(lines[0][2])}
+        assert done[-1] < int(lines[0][2]), "the last step ends it, and needs no line"
+
+
 def test_a_report_sorts_and_is_read_aloud(speaker, tmp_path):
     suite, block = load_suite("shapes", scenes=1), Block.comparison(["visiontrim", "visionzip"], [32])
     found = evaluate(Examiner(speaker, suite, Log(tmp_path / NAME), 8), block.cells)
@@ -501,9 +530,10 @@ def test_other_files_of_questions(tmp_path):
 
 @pytest.mark.parametrize("name", list_benchmarks())
 def test_a_benchmark_from_its_files_to_its_uploads(name, cli, tmp_path, monkeypatch, speaker):
-    """Plain, VisionTrim and controls; answers are written and scored again, and so is the upload, which says the same."""
+    """Plain, VisionTrim and controls; the answers are written and scored again, and so are the uploads."""
     monkeypatch.setattr("visiontrim.commands.evaluate.load_speaker", lambda *_: speaker)
-    monkeypatch.setattr("visiontrim.evaluate.output.frontier", lambda *_: [])  # it draws
+    for drawn in ("frontier", "examples"):
+        monkeypatch.setattr(f"visiontrim.evaluate.output.{drawn}", lambda *_: [])
     official.WRITERS[name](tmp_path)
     out, suite = tmp_path / "out", f"{name}:{tmp_path}"
     command = ("eval", "--suite", suite, "--keep", 64, "--scenes", 1, "--seeds", 1, "--frames", 1, "--answer", 3)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from visiontrim.commands.options import Device, Json, console, status
+from visiontrim.commands.options import Device, Json, console, quiet, status
 
 if TYPE_CHECKING:
     from visiontrim.doctor import Diagnosis
@@ -36,13 +36,10 @@ def doctor(
     Of a large model, or one that is not on the disk, two layers with random weights are tried: no weights are loaded.
     The exit code is 1 if a promise is broken. A bug report starts with what this prints.
     """
-    from transformers.utils import logging
-
     from visiontrim.ask import on_device
     from visiontrim.doctor import diagnose
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     with status(f"trying {model}"):
         found = diagnose(model, on_device(device))
     if as_json:

@@ -134,17 +134,23 @@ def load_speaker(
 ) -> Speaker:
     """The model, quietly."""
     import torch
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
 
     from visiontrim.ask import load
+
+    quiet()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load(model, text_tower=text_tower, device=device, dtype=dtype.value)
+
+
+def quiet() -> None:
+    """Libraries say nothing but errors, and draw no bars of their own."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load(model, text_tower=text_tower, device=device, dtype=dtype.value)
 
 
 def check_file(path: Path, option: str, folder: bool = False) -> None:

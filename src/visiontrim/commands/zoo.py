@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from visiontrim.commands.options import Command, check_file
+from visiontrim.commands.options import Command, check_file, quiet
 from visiontrim.core.errors import TrimError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def evaluate(
     if name is ModelName.qwen:
         _evaluate_qwen(split, scenes, keep, model, control_scenes, out)
         return
+    from visiontrim.commands.progress import Progress
     from visiontrim.zoo.evaluate import report
     from visiontrim.zoo.loading import load
     from visiontrim.zoo.suite import SPLITS
@@ -95,21 +96,26 @@ def evaluate(
     for one in chosen:
         if one not in SPLITS:
             raise TrimError(f"there is no split {one!r}: choose {', '.join(SPLITS)}")
+    quiet()
     bundle = load(model)
     for one in chosen:
-        _print(report(bundle, SPLITS[one], scenes, keep, control_scenes), one, out)
+        progress = Progress(f"{one}: questions x ways to look")
+        _print(report(bundle, SPLITS[one], scenes, keep, control_scenes, progress), one, out)
 
 
 def _evaluate_qwen(
     canvases: list[str] | None, scenes: int | None, keep: int, model: Path | None, control_scenes: int, out: Path | None
 ) -> None:
+    from visiontrim.commands.progress import Progress
     from visiontrim.zoo.canvas_scores import CANVASES, SCENES, canvas_report, parse_grid, pooled
     from visiontrim.zoo.dynamic import load_qwen
 
+    quiet()
     grids = {text: parse_grid(text) for text in canvases or CANVASES}
     bundle, scores = load_qwen(model), []
     for text, grid in grids.items():
-        scores.append(canvas_report(bundle, grid, scenes or SCENES, keep, control_scenes))
+        progress = Progress(f"canvases of {text}: questions x ways to look")
+        scores.append(canvas_report(bundle, grid, scenes or SCENES, keep, control_scenes, progress))
         _print(scores[-1], f"canvases of {text}", out)
     if len(scores) > 1:
         _print(pooled(scores), f"canvases of {', '.join(grids)}", out)
@@ -142,13 +148,19 @@ def phrases(
     ] = None,
 ) -> None:
     """How well the text tower's name of an object finds its patches, by which embedding of a patch."""
+    import itertools
+
+    from visiontrim.commands.progress import Progress
     from visiontrim.zoo.loading import load
     from visiontrim.zoo.phrases import EMBEDDINGS, phrase_scores
 
+    quiet()
     bundle = load(model)
+    progress, seen = Progress("scenes x embeddings"), itertools.count(1)
+    total = scenes * len(EMBEDDINGS)
     print("| `visual_projection` of | phrases | AUC | best patch lies on the object |\n|---|---|---|---|")
     for name in EMBEDDINGS:
-        found = phrase_scores(bundle, scenes, name)
+        found = phrase_scores(bundle, scenes, name, lambda: progress(next(seen), total))
         print(f"| `{name}` | {found.phrases} | {found.area:.4f} | {found.hits:.1%} |")
 
 

@@ -1,8 +1,9 @@
 """Answers that some program gave, read from its file, and joined with the questions that they answer.
 
-LLaVA's lines (``question_id``, ``prompt``, ``text``), Video-ChatGPT's (``id``, ``pred``), upload files of all benchmarks,
-result files of MM-Vet and ScienceQA, MME's folder of a text file for each category. An answer belongs to a question by its id, and where several questions
-share one by what was asked; an answer to something else than the question with its id is an error, never a score.
+LLaVA's lines (``question_id``, ``prompt``, ``text``), Video-ChatGPT's (``id``, ``pred``), upload files of all
+benchmarks, result files of MM-Vet and ScienceQA, MME's folder of a text file for each category. An answer belongs to a
+question by its id, and where several questions share one by what was asked; an answer to something else than the
+question with its id is an error, never a score.
 """
 
 from __future__ import annotations
@@ -129,9 +130,7 @@ def _given_folder(path: Path) -> list[Given]:
     return found
 
 
-def _take(
-    item: Item, waiting: dict[str, list[Given]], suits: Callable[[Given, Item], bool]
-) -> Given | None:
+def _take(item: Item, waiting: dict[str, list[Given]], suits: Callable[[Given, Item], bool]) -> Given | None:
     """The first answer with the item's id that suits it, taken out; one to exactly its question before the others."""
     names = {str(item.id), str(item.facts.get("name", item.id)), str(item.facts.get("id", item.id))}
     for rule in (_is, suits):

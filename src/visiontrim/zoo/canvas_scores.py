@@ -11,7 +11,7 @@ from visiontrim.core.errors import TrimError
 from visiontrim.methods.visiontrim import VisionTrim
 from visiontrim.zoo.canvas import Grid, draw_canvas, in_square
 from visiontrim.zoo.dynamic import QWEN_TYPES, held_out_canvases
-from visiontrim.zoo.evaluate import BLIND_SCENES, Scores, Tally, compare, controls
+from visiontrim.zoo.evaluate import BLIND_SCENES, Progressing, Scores, Tally, compare, controls
 from visiontrim.zoo.questions import TYPES, ask
 from visiontrim.zoo.suite import Sample
 
@@ -43,16 +43,24 @@ def blind_canvas_answers(samples: Sequence[Sample], grid: Grid) -> list[str]:
     return [by_text.get(s.question, by_type[s.type]).most_common(1)[0][0] for s in samples]
 
 
-def canvas_report(bundle: Any, grid: Grid, num_scenes: int, keep: int, control_scenes: int) -> Scores:
+def canvas_report(
+    bundle: Any,
+    grid: Grid,
+    num_scenes: int,
+    keep: int,
+    control_scenes: int,
+    progress: Progressing = lambda *_: None,
+) -> Scores:
     """Score a model, as :func:`visiontrim.zoo.load_qwen` loads it, on held-out canvases: stock ``generate()``.
 
-    On the first ``control_scenes`` also with the controls and VisionTrim.
+    On the first ``control_scenes`` also with the controls and VisionTrim. ``progress`` hears how many questions are
+    answered, of how many.
     """
     samples = list(held_out_canvases(grid, num_scenes))
     ways = controls(keep, bundle.model.config.text_config.num_hidden_layers)
     ways[f"visiontrim {keep}"] = lambda _: VisionTrim(keep=keep)
     ways[f"visiontrim {keep}, both stages"] = lambda _: VisionTrim(keep=keep, stages="both")
-    return compare(bundle, samples, ways, blind_canvas_answers(samples, grid), control_scenes)
+    return compare(bundle, samples, ways, blind_canvas_answers(samples, grid), control_scenes, progress)
 
 
 def pooled(scores: Sequence[Scores]) -> Scores:

@@ -28,6 +28,10 @@ BLIND_SCENES = 2_000
 """Training scenes that the blind baseline learns from, a question of each type about each."""
 CONTROL_SCENES = 100
 """The controls are scored on the first so many scenes of a split, for their time."""
+Told = Callable[[int], object]
+"""Hears how many questions were answered just now."""
+Progressing = Callable[[int, int], object]
+"""Hears how many questions are answered in all, and of how many."""
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -70,10 +74,13 @@ def object_patches(samples: Sequence[Sample], keep: int, seed: int = 0) -> Int[T
     return torch.from_numpy(np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :keep], axis=1))
 
 
-def score(bundle: Any, samples: Sequence[Sample], method: Callable[[Sequence[Sample]], Method]) -> list[bool]:
+def score(
+    bundle: Any, samples: Sequence[Sample], method: Callable[[Sequence[Sample]], Method], told: Told = lambda _: None
+) -> list[bool]:
     """Which samples are answered rightly. ``method`` gets a batch, the questions about one scene.
 
-    Methods that are guided by text read the question with the text tower of the bundle, or with its processor.
+    ``told`` hears after each batch how many questions it had. Methods that are guided by text read the question with
+    the text tower of the bundle, or with its processor.
     """
     right: list[bool] = []
     for _, group in itertools.groupby(samples, key=lambda sample: sample.scene_seed):
@@ -83,6 +90,7 @@ def score(bundle: Any, samples: Sequence[Sample], method: Callable[[Sequence[Sam
         with trim(bundle.model, method(batch), question=asked, text_tower=tower, processor=bundle.processor):
             answers = answer(bundle.model, bundle.processor, batch, batch_size=len(batch))
         right += [given == sample.answer for given, sample in zip(answers, batch, strict=True)]
+        told(len(batch))
     return right
 
 
@@ -178,15 +186,23 @@ def mean_of_types(table: Tally) -> float:
     return sum(shares) / len(shares)
 
 
-def report(bundle: Any, split: Split, scenes: int | None, keep: int, control_scenes: int = CONTROL_SCENES) -> Scores:
+def report(
+    bundle: Any,
+    split: Split,
+    scenes: int | None,
+    keep: int,
+    control_scenes: int = CONTROL_SCENES,
+    progress: Progressing = lambda *_: None,
+) -> Scores:
     """Score a model on the first ``scenes`` scenes of a split, on all by default.
 
-    The controls, and what all tokens give beside them, are scored on the first ``control_scenes``.
+    The controls, and what all tokens give beside them, are scored on the first ``control_scenes``. ``progress`` hears
+    how many questions are answered, of how many.
     """
     samples = list(split.samples(scenes))
     layers = bundle.model.config.text_config.num_hidden_layers
     blind = blind_answers(samples, split.world, frames=split.frames)
-    return compare(bundle, samples, controls(keep, layers), blind, control_scenes)
+    return compare(bundle, samples, controls(keep, layers), blind, control_scenes, progress)
 
 
 def compare(
@@ -195,13 +211,21 @@ def compare(
     ways: Mapping[str, Callable[[Sequence[Sample]], Method]],
     blind: Sequence[str],
     control_scenes: int,
+    progress: Progressing = lambda *_: None,
 ) -> Scores:
     """Score the first of ``ways`` on all samples, the others on those about the first ``control_scenes`` scenes."""
     seeds = list(dict.fromkeys(sample.scene_seed for sample in samples))
     few = [sample for sample in samples if sample.scene_seed in seeds[:control_scenes]]
     every, *others = ways.items()
-    right = score(bundle, samples, every[1])
+    done, total = 0, len(samples) + len(others) * len(few)
+
+    def told(questions: int) -> None:
+        nonlocal done
+        done += questions
+        progress(done, total)
+
+    right = score(bundle, samples, every[1], told)
     tallies = {every[0]: tally(samples, right), THERE: tally(few, right[: len(few)])}
-    tallies |= {way: tally(few, score(bundle, few, method)) for way, method in others}
+    tallies |= {way: tally(few, score(bundle, few, method, told)) for way, method in others}
     guessed = [guess == sample.answer for guess, sample in zip(blind, samples, strict=True)]
     return Scores(len(seeds), tallies | {"blind": tally(samples, guessed)})

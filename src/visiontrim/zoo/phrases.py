@@ -34,8 +34,16 @@ EMBEDDINGS: dict[str, Callable[[Any, Any], Float[Tensor, "patches width"]]] = {
 
 
 @torch.inference_mode()
-def phrase_scores(bundle: Any, scenes: int, embedding: str = next(iter(EMBEDDINGS))) -> PhraseScores:
-    """Cosines of phrases such as "a red digit 7" with the patches of the held-out scenes that show what they name."""
+def phrase_scores(
+    bundle: Any,
+    scenes: int,
+    embedding: str = next(iter(EMBEDDINGS)),
+    told: Callable[[], object] = lambda: None,
+) -> PhraseScores:
+    """Cosines of phrases such as "a red digit 7" with the patches of the held-out scenes that show what they name.
+
+    ``told`` is called after each scene.
+    """
     clip, areas, hits = bundle.text_tower.model, [], []
     for seed in range(HELD_OUT, HELD_OUT + scenes):
         scene = draw_scene(seed)
@@ -50,4 +58,5 @@ def phrase_scores(bundle: Any, scenes: int, embedding: str = next(iter(EMBEDDING
             similarity = patches @ text
             areas.append((similarity[named][:, None] > similarity[~named]).float().mean().item())
             hits.append(named[similarity.argmax()].item())
+        told()
     return PhraseScores(len(areas), sum(areas) / len(areas), sum(hits) / len(hits))

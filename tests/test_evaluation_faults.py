@@ -318,9 +318,12 @@ def test_a_report_sorts_and_is_read_aloud(speaker, tmp_path):
     found = evaluate(Examiner(speaker, suite, Log(tmp_path / NAME), 8), block.cells)
     shown = sections(block, found, block.scores(found))
     shown.append(dataclasses.replace(shown[0], rows=(), picture=Image.new("RGB", (8, 4)), file="p.png"))
+    shown.append(dataclasses.replace(shown[0], title="`visiontrim` drawn"))
     text = page("t", ["x"], shown)
     assert 'name=viewport content="width=device-width' in text
     assert text.count('<tr class="control">') >= 4
+    assert '<td data-value="random"><code>random</code> <small>(control)</small></td>' in text, "italics are not heard"
+    assert "<h2><code>visiontrim</code> drawn</h2>" in text
     assert "class=best" in text
     assert 'alt="Retention. In % of' in text
     assert "width=8 height=4" in text

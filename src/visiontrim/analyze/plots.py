@@ -13,7 +13,13 @@ from visiontrim.analyze.horizon import Horizon
 from visiontrim.plotting import pyplot
 
 TITLES = {"last": "last position", "text": "text", "all": "all positions", "image": "image"}
-MARKS = {"last": "o", "text": "s", "all": "^", "image": "D"}
+STYLES = {
+    "last": {"marker": "o", "color": "C0", "ls": "-"},
+    "text": {"marker": "s", "color": "C1", "ls": "-"},
+    "all": {"marker": "^", "color": "C2", "ls": "-", "lw": 2.4, "alpha": 0.6},
+    "image": {"marker": "D", "color": "C4", "ls": "--"},
+}
+"""All positions and the image's own often look alike: the second is dashed on the first. Red is the encoder's."""
 CLS_TOP = 0.005
 """Upper end of the encoder's bars, as published."""
 SHOWN = (-0.01, 0.16)
@@ -46,8 +52,10 @@ def shift(found: Attention, file: Path, kinds: Sequence[str] = QUERIES, chosen: 
             axis.spines[:].set_visible(False)
         axes[row][int(found.sees_encoder)].set_ylabel(TITLES[kind])
     left, right = lower.subplots(1, 2)
-    _curves(found, left, "height", "mean row: 0 top, 1 bottom", kinds)
-    _curves(found, right, "overlap", "shared with encoder's best tenth", kinds, encoder=False)
+    _curves(found, left, "height", "mean row\n0 top, 1 bottom", kinds)
+    _curves(found, right, "overlap", "shared with the\nencoder's best tenth", kinds, encoder=False)
+    right.autoscale(axis="y")  # few share much
+    right.set_ylim(bottom=0)
     _legend(left)
     figure.savefig(file, dpi=130)
     plt.close(figure)
@@ -75,12 +83,16 @@ def _bars(found: Attention, file: Path, kinds: Sequence[str], layers: Sequence[i
                 axis.set_axis_off()
                 continue
             raw = np.zeros(1) if source.raw is None else source.raw / found.prompts
-            axis.bar(np.arange(len(raw)), raw, width=1.0, color="crimson" if title == "encoder" else "#3f6fb5")
+            # One outline, since a bar of its own for each token takes a second for every few hundred
+            edges = np.arange(len(raw) + 1) - 0.5
+            axis.stairs(raw, edges, fill=True, color="crimson" if title == "encoder" else "#3f6fb5")
             axis.set(title=title if row == 0 else "", xlim=(-0.5, len(raw) - 0.5))
             axis.tick_params(labelsize=6)
+            axis.locator_params(axis="y", nbins=4)
             axis.ticklabel_format(axis="y", scilimits=(-2, 2))
             axis.yaxis.get_offset_text().set_fontsize(6)
             if title == "encoder":
+                axis.tick_params(labelbottom=True)  # nothing is below it
                 axis.set_ylim(0, max(CLS_TOP, float(np.percentile(raw, 90))))
         axes[row][int(found.sees_encoder)].set_ylabel(TITLES[kind])
     figure.supxlabel("vision token", fontsize=9)
@@ -174,10 +186,11 @@ def horizon(found: Sequence[Horizon], file: Path) -> list[Path]:
 def _curves(found: Attention, axis: Any, name: str, label: str, kinds: Sequence[str], encoder: bool = True) -> None:
     for kind in kinds:
         values = [getattr(source, name) / found.prompts for source in found.decoder[kind]]
-        axis.plot(values, marker=MARKS[kind], ms=4, mfc="none", lw=1.2, label=TITLES[kind])
+        axis.plot(values, **({"ms": 4, "mfc": "none", "lw": 1.2, "label": TITLES[kind]} | STYLES[kind]))
     if encoder and found.sees_encoder:
         axis.axhline(getattr(found.encoder, name) / found.prompts, color="crimson", ls="--", lw=1, label="encoder")
     axis.set(xlabel="decoder layer", ylabel=label, ylim=(0, 1.02))
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _legend(axis: Any) -> None:

@@ -86,7 +86,8 @@ def frontier(block: Block, scores: Sequence[Score]) -> list[Section]:
         "plain model's in the same batch, median over batches) or by tokens per decoder layer. Retention in %."
     )
     header = ("setting", "retention", "time", "tokens per layer", "on the frontier of")
-    found = [Section("Frontier", text, header, rows), *_equal(block, known)]
+    controls = frozenset(row for row, score in enumerate(chosen) if score.method in CONTROLS)
+    found = [Section("Frontier", text, header, rows, controls=controls), *_equal(block, known)]
     picture = draw(block, known)
     return found if picture is None else [*found, Section("Frontier, drawn", "", picture=picture, file=FILE)]
 
@@ -107,7 +108,9 @@ def _equal(block: Block, known: Sequence[Score]) -> list[Section]:
         "plain model's; between two budgets of a method on the line that joins them, in brackets the tokens that it "
         "can afford. `-`: its smallest budget takes longer."
     )
-    return [Section("At equal time", text, ("method", *(f"{level:.2f}" for level in levels)), tuple(rows))]
+    header = ("method", *(f"{level:.2f}" for level in levels))
+    controls = frozenset(row for row, method in enumerate(block.methods) if method in CONTROLS)
+    return [Section("At equal time", text, header, tuple(rows), controls=controls)]
 
 
 def draw(block: Block, known: Sequence[Score]) -> Image.Image | None:

@@ -191,16 +191,17 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 .wide { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #dde1e8; text-align: right; vertical-align: bottom }
 td { white-space: nowrap }
-td { font-variant-numeric: tabular-nums } .words td { white-space: normal; text-align: left }
+td { font-variant-numeric: tabular-nums } .words td, .words th { white-space: normal; text-align: left }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 6rem }
 th button { font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer; color: inherit }
-th button::after { content: " \\2195"; color: #9aa5b1 }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit }
-th[aria-sort=descending] button::after { content: " \\2193"; color: inherit }
-tr.control td { color: #6b7482; font-style: italic } td.best { font-weight: 700; color: #11692f }
+th button::after { content: "\\a0\\2195"; color: #9aa5b1 }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; color: inherit }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; color: inherit }
+tr.control td { color: #6b7482; font-style: italic } small { white-space: nowrap }
+td.best { font-weight: 700; color: #11692f }
 code { font-size: 13px; overflow-wrap: anywhere } img { max-width: 100%; height: auto }
 @media (max-width: 40rem) { body { margin: 1rem auto } h1 { font-size: 1.4rem } th, td { padding: .25rem .45rem }
-td:first-child, th:first-child { max-width: 45vw; white-space: normal } }
+td:first-child, th:first-child { max-width: 45vw; white-space: normal } .wide img { max-width: none; width: 46rem } }
 """
 _SCRIPT = """
 for (const head of document.querySelectorAll("th")) head.querySelector("button").onclick = () => {
@@ -231,7 +232,7 @@ def page(title: str, text: Sequence[str], found: Sequence[Section]) -> str:
     ]
     for section in found:
         parts.append(
-            f"<h2>{html.escape(section.title)}</h2>" + (f"<p>{_inline(section.text)}</p>" if section.text else "")
+            f"<h2>{_inline(section.title)}</h2>" + (f"<p>{_inline(section.text)}</p>" if section.text else "")
         )
         if section.rows:
             parts.append(_table(section))
@@ -241,7 +242,7 @@ def page(title: str, text: Sequence[str], found: Sequence[Section]) -> str:
             source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
             words = html.escape(f"{section.title}. {section.text}".replace("`", ""))
             size = f"width={section.picture.width} height={section.picture.height}"
-            parts.append(f'<img src="{source}" alt="{words}" {size}>')
+            parts.append(f'<div class="wide"><img src="{source}" alt="{words}" {size}></div>')
     parts.append(f"<script>{_SCRIPT}</script></html>")
     return "\n".join(parts) + "\n"
 
@@ -253,7 +254,7 @@ def _table(section: Section) -> str:
         kind = ' class="control"' if number in section.controls else ""
         cells = "".join(
             f'<td data-value="{html.escape(_value(cell))}"{" class=best" if (number, column) in section.best else ""}>'
-            f"{_inline(cell)}</td>"
+            f"{_inline(cell)}{' <small>(control)</small>' if column == 0 and kind and cell != 'plain' else ''}</td>"
             for column, cell in enumerate(row)
         )
         body.append(f"<tr{kind}>{cells}</tr>")

@@ -147,6 +147,10 @@ _NARROW_TEXT = {
     "num_attention_heads": _HEADS,
     "num_key_value_heads": _HEADS,
     "head_dim": _HEAD_DIM,
+    "linear_num_key_heads": _HEADS,
+    "linear_num_value_heads": _HEADS,
+    "linear_key_head_dim": _HEAD_DIM,
+    "linear_value_head_dim": _HEAD_DIM,
 }
 _NARROW_VISION = {
     "hidden_size": _WIDTH,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from visiontrim import trim
 from visiontrim.core.errors import TrimError
 from visiontrim.zoo import QWEN_DIR, answer, held_out_canvases, load_qwen
 from visiontrim.zoo.canvas_scores import blind_canvas_answers, parse_grid, pooled
@@ -114,3 +115,28 @@ def test_config_is_the_one_of_training():
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
     assert config["text_config"]["rope_parameters"]["mrope_section"] == [2, 8, 22]
     assert config["vision_config"]["fullatt_block_indexes"] == [2, 5]
+
+
+@pytest.mark.parametrize("method", ["none", "visiontrim:keep=8", "random:keep=8,layer=2"])
+def test_the_report_counts_positions_as_mrope_does(bundle, monkeypatch, method):
+    """A picture takes as many positions as its longer side has cells; the note comes with the first one too many."""
+    sample = next(held_out_canvases((8, 12), 1))
+    inputs = bundle.processor(images=list(sample.images), text=sample.prompt, return_tensors="pt")
+    cells = int((inputs["input_ids"] == bundle.model.config.image_token_id).sum())
+    assert cells == 96
+    length = inputs["input_ids"].shape[1] - cells + 12
+    positions, _ = bundle.model.model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs["attention_mask"],
+    )
+    assert int(positions.max()) + 1 == length
+    notes = []
+    for limit in (length, length - 1):
+        monkeypatch.setattr(bundle.model.config.text_config, "max_position_embeddings", limit)
+        with trim(bundle.model, method, question=sample.question, processor=bundle.processor) as run:
+            bundle.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        notes.append(run.report.notes)
+    told = f"the prompt takes {length} positions, the model was made for {length - 1}: its answers may be of no use"
+    assert notes == [(), (told,)]

@@ -155,9 +155,12 @@ def _whole(images: list[_Image], method: Method) -> list[str]:
 def _beyond(trace: Trace, family: Family, rule: Positions) -> list[str]:
     """That a prompt is longer than the model was made for."""
     limit = getattr(family.language_model.config, "max_position_embeddings", None)
-    if limit is None or family.mrope:  # there a picture takes fewer positions than tokens
+    if limit is None:
         return []
-    length = trace.past + (trace.widths[0] if rule == "compact" else trace.length)
+    if family.mrope:  # a picture takes as many positions as its longer side has tokens; text goes on behind that
+        length = int(trace.positions[-3:].max()) + 1
+    else:
+        length = trace.past + (trace.widths[0] if rule == "compact" else trace.length)
     if length <= limit:
         return []
     return [f"the prompt takes {length:,} positions, the model was made for {limit:,}: its answers may be of no use"]

@@ -71,6 +71,8 @@ class Trace:
     attended: tuple[int, ...]
     """Tokens of every row that attend to each other in each decoder layer, padding included: ``widths``, or more where
     attention sees merged tokens at all of their places (``positions="unmerged"``)."""
+    positions: Int[Tensor, "*axes rows tokens"]
+    """Position ids of the uncompressed chunk, on the model's device; with mRoPE one for each axis, the last three."""
     cache_lengths: tuple[int, ...]
     """Tokens that each decoder layer's key-value cache holds after the prefill, read from it; () without a cache."""
     cache_bytes: int

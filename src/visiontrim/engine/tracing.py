@@ -31,6 +31,7 @@ def trace_of(prefill: Prefill, layers: int) -> Trace:
         past=prefill.past,
         widths=widths,
         attended=attended,
+        positions=prefill.positions,
         cache_lengths=() if cache is None else tuple(physical_length(cache, index) for index in range(layers)),
         cache_bytes=cache_bytes(cache),
     )

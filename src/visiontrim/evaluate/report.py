@@ -199,7 +199,7 @@ th[aria-sort=ascending] button::after { content: "\\a0\\2191"; color: inherit }
 th[aria-sort=descending] button::after { content: "\\a0\\2193"; color: inherit }
 tr.control td { color: #6b7482; font-style: italic } small { white-space: nowrap }
 td.best { font-weight: 700; color: #11692f }
-code { font-size: 13px; overflow-wrap: anywhere } img { max-width: 100%; height: auto }
+code { font-size: 13px; overflow-wrap: anywhere } h2 code { font-size: inherit } img { max-width: 100%; height: auto }
 @media (max-width: 40rem) { body { margin: 1rem auto } h1 { font-size: 1.4rem } th, td { padding: .25rem .45rem }
 td:first-child, th:first-child { max-width: 45vw; white-space: normal } .wide img { max-width: none; width: 46rem } }
 """
@@ -231,9 +231,7 @@ def page(title: str, text: Sequence[str], found: Sequence[Section]) -> str:
         *(f"<p>{_inline(paragraph)}</p>" for paragraph in text),
     ]
     for section in found:
-        parts.append(
-            f"<h2>{_inline(section.title)}</h2>" + (f"<p>{_inline(section.text)}</p>" if section.text else "")
-        )
+        parts.append(f"<h2>{_inline(section.title)}</h2>" + (f"<p>{_inline(section.text)}</p>" if section.text else ""))
         if section.rows:
             parts.append(_table(section))
         if section.picture is not None:

@@ -266,7 +266,13 @@ def test_mmbench_cn_ends_in_chinese_and_takes_its_own_table(tmp_path):
         benchmark.read(files)
     official.mmbench(tmp_path, chinese=True)
     benchmark, files = open_benchmark(f"mmbench-cn:{tmp_path}")
-    assert benchmark.read(files)[0].question.endswith(f"\n{LETTER_CN}")
+    items = benchmark.read(files)
+    assert items[0].question.endswith(f"\n{LETTER_CN}")
+    assert benchmark.notes(items) == ["0 of 17 questions are in Chinese: these look like the rows of mmbench"]
+    assert benchmark.notes([dataclasses.replace(item, bare="图中有什么?") for item in items]) == []
+    english = list_benchmarks()["mmbench"]
+    assert english.notes(items) == []
+    assert "rows of mmbench-cn" in english.notes([dataclasses.replace(item, bare="图中有什么?") for item in items])[0]
 
 
 def test_seed_image_is_not_seed(read, tmp_path):

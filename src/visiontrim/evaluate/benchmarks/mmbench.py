@@ -46,6 +46,7 @@ REFUSALS = (
     "Cannot determine the answer",
 )
 """Sentences that the official tool knows as refusals."""
+IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
 SAYS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([A-D])\**", re.IGNORECASE)
 
 
@@ -58,6 +59,7 @@ class MMBench(Benchmark):
     upload = ".xlsx"
 
     def __init__(self, chinese: bool = False) -> None:
+        self.chinese = chinese
         self.suffix = LETTER_CN if chinese else LETTER
         self.name = "mmbench-cn" if chinese else "mmbench"
         self.title = "MMBench-CN" if chinese else "MMBench"
@@ -110,6 +112,13 @@ class MMBench(Benchmark):
                 "row": {name: row.fields.get(name) for name in COLUMNS if name in row},
             },
         )
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        chinese = sum(IDEOGRAPH.search(item.bare or "") is not None for item in items)
+        if self.chinese == (chinese > len(items) / 2):
+            return []
+        other = "mmbench" if self.chinese else "mmbench-cn"
+        return [f"{chinese:,} of {len(items):,} questions are in Chinese: these look like the rows of {other}"]
 
     def parse(self, item: Item, text: str) -> str:
         return parse_choice(text, item.facts["options"])

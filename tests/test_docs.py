@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import torch
+import typer
 import yaml
 from PIL import Image
 
@@ -15,6 +17,7 @@ import families
 import visiontrim as vt
 from tiny import Masked, close, generate
 from visiontrim import zoo
+from visiontrim.cli import app
 from visiontrim.commands.listing import show_methods
 from visiontrim.core import registry
 from visiontrim.models import family
@@ -101,3 +104,23 @@ def test_links_lead_somewhere():
     for name, text in (("README.md", README), ("CONTRIBUTING.md", CONTRIBUTING)):
         for target in re.findall(r'(?:\]\(|src=")(?!https?:)([^)#"]+)', text):
             assert (ROOT / target).exists(), f"{name} links to {target}"
+
+
+def test_the_commands_of_the_docs_have_the_options_that_they_show():
+    """Every ``visiontrim ...`` of an indented block or a shell block: its command, and each of its options, exist."""
+    found = []
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = re.sub(r"\\\n\s*", "", path.read_text())
+        for line in re.findall(r"^(?:    |\$ )?visiontrim (.+)$", text, re.MULTILINE):
+            words = shlex.split(line.partition("  #")[0], comments=True)
+            command, names = typer.main.get_command(app), []
+            while isinstance(command, typer.core.TyperGroup) and words and not words[0].startswith("-"):
+                names.append(words.pop(0))
+                assert names[-1] in command.commands, f"{path.name}: {line}"
+                command = command.commands[names[-1]]
+            known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+            used = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
+            assert used <= known, f"{path.name}: {line}: {used - known}"
+            found.append((path.name, *names))
+    assert sum(name == "troubleshooting.md" for name, *_ in found) >= 4
+    assert len(found) > 30

@@ -157,6 +157,16 @@ def test_few_scenes_mark_nothing(speaker, tmp_path):
         assert (re.search(r"\d to [+-]?\d", text) is None) == few, "intervals"
 
 
+def test_tune_recommends_nothing_from_two_questions(cli, questions, monkeypatch, speaker):
+    monkeypatch.setattr("visiontrim.commands.evaluate.load_speaker", lambda *_: speaker)
+    command = ("tune", "--data", questions, "--methods", "random", "--keep", 288, "--target-retention", 0)
+    code, said, err = cli(*command, "--out", questions.parent / "tuned", "--json")
+    assert code == 0, err
+    told = json.loads(said)
+    assert (told["questions"], told["setting"]) == (2, None)
+    assert "2 questions about 1 picture are too few to recommend anything: take at least 8 pictures" in told["advice"]
+
+
 class _Torn:
     """A file whose writes fail after so many bytes, as on a full disk."""
 

@@ -57,6 +57,29 @@ def test_a_forgotten_run_is_found_and_removed():
     assert all(a.equal(b) for a, b in zip(generate(model, INPUTS).logits, plain, strict=True))
 
 
+def test_a_generate_of_the_users_own_comes_back():
+    """Attributes of the instance are as they were: the user's wrapper is called inside, and is there again after."""
+    model, calls = llava(), []
+
+    def own(*arguments, **options):
+        calls.append(len(arguments))
+        return type(model).generate(model, *arguments, **options)
+
+    model.generate = own
+    before = dict(vars(model))
+    with vt.trim(model, "random", keep=4) as run:
+        assert model.generate is not own
+        generate(model, INPUTS)
+    assert run.report.kept_tokens == 4
+    assert calls == [0]
+    assert model.generate is own
+    assert vars(model) == before
+    del model.generate
+    with vt.trim(model, "random", keep=4):
+        generate(model, INPUTS)
+    assert "generate" not in vars(model)
+
+
 def test_a_run_keeps_no_model_alive():
     model = llava()
     vt.trim(model, "random", keep=4).attach()

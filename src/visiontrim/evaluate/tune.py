@@ -54,7 +54,7 @@ class Tuned:
     @property
     def advice(self) -> str:
         """What to make of the choice, in a sentence."""
-        asked = f"{self.questions} questions about {self.groups} pictures"
+        asked = f"{self.questions} questions about {self.groups} picture{'s' * (self.groups != 1)}"
         if self.groups < FEWEST_GROUPS:
             return (
                 f"{asked} are too few to recommend anything: take at least {FEWEST_GROUPS} pictures, better a hundred, "

@@ -149,6 +149,8 @@ def test_text_towers_with_a_fault(cli, tmp_path):
     ):
         folder = changed(zoo.CLIP_DIR, tmp_path / str(number), change)
         assert words in one_sentence(cli(*ASK, "--text-tower", folder))
+    told = one_sentence(cli(*ASK, "--text-tower", zoo.MODEL_DIR))
+    assert "is a llava, which is no text tower: give a CLIP checkpoint" in told
 
 
 NAMES = [

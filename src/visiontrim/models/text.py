@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.signals import Text
@@ -66,6 +66,9 @@ class TextTower(Guidance):
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs) -> TextTower:
         """Load a CLIP checkpoint by hub name or directory, for instance ``openai/clip-vit-large-patch14-336``."""
+        config = loaded("text tower", name, AutoConfig.from_pretrained)
+        if not hasattr(config, "projection_dim"):
+            raise TrimError(f"{str(name)!r} is a {config.model_type}, which is no text tower: give a CLIP checkpoint")
         model = whole("text tower", name, CLIPModel.from_pretrained, **kwargs).eval()
         return cls(model, loaded("tokenizer of the text tower", name, AutoTokenizer.from_pretrained))
 

@@ -243,7 +243,7 @@ def _possible(family: Family) -> Iterator[Possible]:
     yield Possible(
         "further turns on the cache", family.turns, "" if family.turns else "the model knows one turn of conversation"
     )
-    layers = {type(layer).__name__ for layer in Upstream(family.language_model).new_cache().layers}
+    layers = {type(layer).__name__ for layer in Upstream(family.language_model).cache_layers}
     yield Possible("dynamic, offloaded and quantised caches", True, ", ".join(sorted(layers)))
     yield Possible("static caches, prefill in chunks", False, "every layer holds its own number of tokens")
 

@@ -100,7 +100,12 @@ def test_the_command(tmp_path):
         assert row["seconds"]["total"][1] > row["seconds"]["prefill"][1] > 0
     assert rows["plain"]["seconds"]["method"] == [0, 0, 0]
     assert rows["plain"]["of_plain"]["total"] == [1, 1, 1]
-    assert set(rows["uniform:keep=64"]["ideal_of_ours"]) == {"decode", "total"}
+    ours = rows["uniform:keep=64"]
+    assert set(ours["ideal_of_ours"]) == {"decode", "total", "cpu"}
+    assert ours["seconds"]["opening"][1] > 0
+    for steps in (ours["step_ideal_of_ours"], rows["ideal of 64"]["step_noise"]):
+        for low, middle, high in (steps["wall"], steps["cpu"]):
+            assert 0 < low <= middle <= high
     assert Image.open(files[1]).width > 400
 
 

@@ -243,9 +243,12 @@ def _possible(family: Family) -> Iterator[Possible]:
     yield Possible(
         "further turns on the cache", family.turns, "" if family.turns else "the model knows one turn of conversation"
     )
-    layers = {type(layer).__name__ for layer in Upstream(family.language_model).new_cache().layers}
+    layers = {type(layer).__name__ for layer in Upstream(family.language_model).cache_layers}
     yield Possible("dynamic, offloaded and quantised caches", True, ", ".join(sorted(layers)))
-    yield Possible("static caches, prefill in chunks", False, "every layer holds its own number of tokens")
+    yield Possible(
+        "static caches", True, "for one number of tokens in all layers: stages at the encoder's output or in it"
+    )
+    yield Possible("prefill in chunks", False, "a method is shown the whole prompt at once")
 
 
 def _signals(family: Family) -> str:

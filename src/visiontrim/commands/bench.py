@@ -72,7 +72,9 @@ def bench(
 ) -> None:
     """Time the plain model, the method, and the ideal by turns, and measure their memory.
 
-    The ideal is the model itself, fed as many vision tokens as the method leaves, at no cost. Prompts are noise.
+    The ideal is the model itself, fed as many vision tokens as the method leaves, at no cost. Prompts are noise. Steps
+    of decoding are compared one by one in turn, ideal over ours in CPU time; beside the ideal stands the ideal against
+    itself, which is the noise.
     """
     import torch
 
@@ -116,7 +118,11 @@ def bench(
         return
     for batched in told["batches"]:
         console().print(
-            _table(f"{subject.name}, batch {batched['batch']}, medians of {rounds} rounds", batched["rows"])
+            _table(
+                f"{subject.name}, batch {batched['batch']}, medians of {rounds} rounds, times in ms",
+                batched["rows"],
+                answer,
+            )
         )
 
 
@@ -173,23 +179,15 @@ def _subject(
     return Subject(shape.name, model, shape.picture, *noise_tower(family_of(model)))
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Medians; times in milliseconds."""
+def _table(title: str, rows: list[dict[str, Any]], answer: int) -> Table:
+    """Medians; times in milliseconds. ``answer`` are the tokens of an answer."""
     from visiontrim.report import scaled
 
     table = Table(title=title, title_justify="left")
     table.add_column("")
     names = (
-        "tokens",
-        "vision ms",
-        "method ms",
-        "prefill ms",
-        "decode ms",
-        "total ms",
-        "of plain",
-        "ideal/ours",
-        "KV",
-        "peak",
+        *("tokens", "answer", "opening", "vision", "method", "prefill", "step", "total", "CPU"),
+        *("of plain", "ideal/ ours", "its CPU", "its step", "KV", "peak"),
     )
     for name in names:
         table.add_column(name, justify="right")
@@ -197,12 +195,15 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         times = [f"{1e3 * median:.4g}" for _, median, _ in row["seconds"].values()]
         ideal = row.get("ideal_of_ours")
+        step = row.get("step_ideal_of_ours", row.get("step_noise"))
         table.add_row(
             row["name"],
             f"{row['tokens']:.4g}",
+            f"{answer}",
             *times,
             f"{row['of_plain']['total'][1]:.3f}",
-            f"{ideal['total'][1]:.3f}" if ideal else "",
+            *((f"{ideal[key][1]:.3f}" for key in ("total", "cpu")) if ideal else ("", "")),
+            f"{step['cpu'][1]:.3f}" if step else "",
             *(scaled(row[key], "B", of) for key, of in largest.items()),
         )
     return table

@@ -22,15 +22,21 @@ class InsideHooks:
     """The layers of ``model`` that are recomputed with their hooks, made to be recomputed within them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers: list[Any] = [module for module in model.modules() if recomputes_hooks(module)]
+        self._model = model
         self._replaced: list[tuple[Any, Replaced]] = []
 
     def refresh(self) -> None:
         """Before a forward: also of layers whose checkpointing was switched on since the last one."""
+        if not torch.is_grad_enabled():  # nothing will be recomputed, and a model has many modules to look at
+            return
         for layer in self._layers:
             if layer.gradient_checkpointing:
                 layer.gradient_checkpointing = False
                 self._replaced.append((layer, Replaced(layer, "forward", functools.partial(_recomputed, layer))))
+
+    @functools.cached_property
+    def _layers(self) -> list[Any]:
+        return [module for module in self._model.modules() if recomputes_hooks(module)]
 
     def remove(self) -> None:
         """Recompute with hooks again."""

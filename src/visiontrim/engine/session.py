@@ -205,7 +205,7 @@ _FOREIGN_FEATURES = "mm_encoder_outputs were computed outside of this run: pass 
 
 def _between_layers(family: Family, upstream: Upstream) -> bool:
     """Whether tokens can be removed between decoder layers; of prompts that fit into a window where there is one."""
-    layers = upstream.new_cache().layers
+    layers = upstream.cache_layers
     enough = len(layers) >= len(family.language_model.layers)
     kinds = DynamicLayer, DynamicSlidingWindowLayer
     return not family.bidirectional and enough and all(type(layer) in kinds for layer in layers)
@@ -219,7 +219,7 @@ def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Ste
             f"{type(family).__name__} {family.no_stages}, so none can be removed or hidden "
             f"between decoder layers (asked before layer {min(inside)}): use a method's vision stage alone"
         )
-    layers = upstream.new_cache().layers
+    layers = upstream.cache_layers
     shared = [index for index, layer in enumerate(layers) if isinstance(layer, SHARED)]
     if len(layers) < len(family.language_model.layers) or (shared and inside):
         raise TrimError(

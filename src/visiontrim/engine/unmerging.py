@@ -49,7 +49,7 @@ class Unmerging:
                 f"{name} lets image tokens attend in both directions by a mask of its own, which positions='unmerged' "
                 "cannot widen: use 'keep'"
             )
-        layers = upstream.new_cache().layers
+        layers = upstream.cache_layers
         if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
             raise TrimError(
                 f"{name} attends in sliding windows, which positions='unmerged' knows nothing of: use 'keep'"

@@ -64,6 +64,7 @@ SHARED: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "Du
 """Layers of caches that hold nothing, because the decoder layer uses keys and values of an earlier one."""
 
 
+@functools.lru_cache(maxsize=256)  # signatures are slow to read, and every run asks for the same few
 def parameters(function: Callable) -> tuple[str, ...]:
     """Names that ``function`` declares, whatever decorators are around it."""
     return tuple(inspect.signature(function).parameters)
@@ -93,7 +94,7 @@ def given_pixels(arguments: Mapping[str, Any]) -> bool:
 
 def recomputes_hooks(module: nn.Module) -> bool:
     """Whether gradient checkpointing calls ``module`` anew with its hooks, as before 5.23, not its forward alone."""
-    return hasattr(module, "gradient_checkpointing") and type(module).__call__ is not nn.Module.__call__
+    return type(module).__call__ is not nn.Module.__call__ and hasattr(module, "gradient_checkpointing")
 
 
 def recomputes(model: nn.Module) -> bool:
@@ -114,14 +115,14 @@ class Upstream:
         """Type of every decoder layer, as the configuration has it, or as the cache infers it from that."""
 
     def _inferred(self) -> tuple[str, ...]:
-        windows = [isinstance(layer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers]
+        windows = [isinstance(layer, DynamicSlidingWindowLayer) for layer in self.cache_layers]
         windows += [False] * (len(self._text.layers) - len(windows))
         return tuple("sliding_attention" if window else "full_attention" for window in windows)
 
     @functools.cached_property
     def recurrent(self) -> frozenset[int]:
         """Decoder layers whose cache is a state that all tokens went into: linear attention and short convolutions."""
-        layers = self.new_cache().layers
+        layers = self.cache_layers
         return frozenset(
             index
             for index, layer in enumerate(layers)
@@ -138,6 +139,11 @@ class Upstream:
         kinds = [kind for index, kind in enumerate(self.kinds) if index not in self.recurrent]
         names = {MASKS.get(kind, MASKS["full_attention"]) for kind in kinds}
         return {name: getattr(masking_utils, name, None) for name in sorted(names)}
+
+    @functools.cached_property
+    def cache_layers(self) -> tuple[Any, ...]:
+        """Layers of an empty cache, to see of which class each is."""
+        return tuple(self.new_cache().layers)
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for the text model."""

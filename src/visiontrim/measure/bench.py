@@ -23,13 +23,14 @@ from visiontrim.measure.clock import Clock
 from visiontrim.measure.ideal import Ideal
 from visiontrim.measure.memory import peak_bytes
 from visiontrim.measure.noise import noise_prompt
+from visiontrim.measure.steps import compare
 from visiontrim.models.family import Family, Picture, family_of
 from visiontrim.models.text import TextTower
 from visiontrim.run import trim
 
-TIMERS = ("vision", "method", "prefill", "decode", "total")
-"""Seconds of the encoder and projector, of the method itself, of the language model's prefill, of one decoding step,
-and of the whole ``generate()``."""
+TIMERS = ("opening", "vision", "method", "prefill", "decode", "total", "cpu")
+"""Seconds of opening and closing a run, of the encoder and projector, of the method itself, of the language model's
+prefill, of one decoding step, of the whole with ``generate()``; CPU seconds of all threads in the whole."""
 QUESTION = "what shape is blue ?"
 """Read anew by the text tower, within the method's time, in every call."""
 
@@ -70,8 +71,8 @@ class Way:
     tokens: float
     """Mean vision tokens of a picture per decoder layer."""
     inputs: Mapping[str, Tensor]
-    opened: Callable[[Clock | None], AbstractContextManager]
-    """Opens the context in which the model answers that way, timed by a clock if there is one."""
+    open_on: Callable[[Any, Clock | None], AbstractContextManager]
+    """Opens the context in which a model answers that way, timed by a clock if there is one."""
     method: str = ""
     """Name of the method without its budget."""
     ideal: str | None = None
@@ -96,19 +97,62 @@ def bench(
     done = 0
     for turn in range(load.warmup + load.rounds):
         for way in (*ways[turn % len(ways) :], *ways[: turn % len(ways)]):
-            clock = Clock(model, timer)
-            with torch.inference_mode(), way.opened(clock), clock:
-                output = model.generate(**way.inputs, **options, return_dict_in_generate=True)
+            seconds, output = _timed(model, way, options, timer)
             kept[way.name] = cache_bytes(given_cache(output))
             done += 1
             if progress is not None:
                 progress(done, len(ways) * (load.warmup + load.rounds))
             if turn >= load.warmup:
-                seconds = clock.seconds
                 seconds["decode"] /= max(load.answer - 1, 1)
                 samples[way.name].append(seconds)
     short = options | {"max_new_tokens": 2, "min_new_tokens": 2}
-    return [_row(way, samples, kept[way.name], _peak(model, way, short)) for way in ways]
+    rows = [_row(way, samples, kept[way.name], _peak(model, way, short)) for way in ways]
+    for row, steps in zip(rows, _steps(model, ways, options, load), strict=True):
+        row |= steps
+    return rows
+
+
+def _timed(
+    model: Any, way: Way, options: Mapping[str, Any], timer: Callable[[], float]
+) -> tuple[dict[str, float], Any]:
+    """Seconds by :data:`TIMERS` of one call, with the opening of its run, and its output."""
+    clock = Clock(model, timer)
+    began, cpu = timer(), time.process_time()
+    with torch.inference_mode(), way.open_on(model, clock):
+        opened = timer()
+        with clock:
+            output = model.generate(**way.inputs, **options, return_dict_in_generate=True)
+        seconds = clock.seconds  # waits for the device
+        answered = timer()
+    ended = timer()
+    seconds["opening"] = opened - began + ended - answered
+    seconds["total"] += seconds["opening"]
+    return seconds | {"cpu": time.process_time() - cpu}, output
+
+
+def _steps(model: Any, ways: Sequence[Way], options: Mapping[str, Any], load: Load) -> list[dict[str, Any]]:
+    """What the rows of ``ways`` say of decoding steps in turn; nothing where an answer has no step.
+
+    ``step_ideal_of_ours`` for a method, ``step_noise`` for an ideal beside itself: the ratios that
+    :func:`visiontrim.measure.steps.ratio` gives.
+    """
+    pairs = [(way.name, way.ideal or way.name) for way in ways if way.kind != "plain"]
+    if load.answer < 2 or not pairs:
+        return [{} for _ in ways]
+
+    def answering(way: Way) -> Callable[[Any, Any], object]:
+        def answer(model: Any, turns: Any) -> None:
+            with way.open_on(model, None):
+                model.generate(**way.inputs, **options, stopping_criteria=[turns])
+
+        return answer
+
+    found = compare({way.name: answering(way) for way in ways}, pairs, model, max(load.rounds // 2, 1))
+    ratios = iter(found)
+    return [
+        {} if way.kind == "plain" else {"step_ideal_of_ours" if way.ideal else "step_noise": next(ratios)}
+        for way in ways
+    ]
 
 
 def environment(model: PreTrainedModel) -> dict[str, Any]:
@@ -136,7 +180,7 @@ def _ways(subject: Subject, methods: Sequence[Method], load: Load) -> list[Way]:
     family = family_of(model)
     inputs = noise_prompt(family, subject.picture, load.text, load.batch)
     total = int(family.placeholders(inputs["input_ids"])[0].sum())
-    ways = [Way("plain", "plain", total, inputs, lambda clock: nullcontext())]
+    ways = [Way("plain", "plain", total, inputs, lambda model, clock: nullcontext())]
     ideals: dict[int, Way] = {}
     for method in methods:
         run = trim(model, method, question=QUESTION, text_tower=subject.text_tower, processor=subject.processor)
@@ -144,10 +188,9 @@ def _ways(subject: Subject, methods: Sequence[Method], load: Load) -> list[Way]:
             model(**inputs, logits_to_keep=1)
         mean = run.report.mean
         size = max(round(mean), 1)
-        ideal = Ideal(family, inputs, size)
-        ideals[size] = Way(f"ideal of {size}", "ideal", size, ideal.inputs, lambda clock, ideal=ideal: ideal)
+        ideals[size] = _ideal(family, inputs, size)
 
-        def opened(clock: Clock | None, method: Method = method) -> AbstractContextManager:
+        def opened(model: Any, clock: Clock | None, method: Method = method) -> AbstractContextManager:
             return trim(
                 model,
                 method,
@@ -159,6 +202,15 @@ def _ways(subject: Subject, methods: Sequence[Method], load: Load) -> list[Way]:
 
         ways.append(Way(str(method), "method", mean, inputs, opened, _label(method), ideals[size].name))
     return [*ways, *ideals.values()]
+
+
+def _ideal(family: Family, inputs: Mapping[str, Tensor], size: int) -> Way:
+    own = Ideal(family, inputs, size)
+
+    def opened(model: Any, clock: Clock | None) -> AbstractContextManager:
+        return own if model is family.model else Ideal(family_of(model), inputs, size)
+
+    return Way(f"ideal of {size}", "ideal", size, own.inputs, opened)
 
 
 def noise_tower(family: Family) -> tuple[TextTower | None, Any]:
@@ -186,7 +238,7 @@ def _label(method: Method) -> str:
 
 
 def _peak(model: Any, way: Way, options: Mapping[str, Any]) -> int:
-    with torch.inference_mode(), way.opened(None):
+    with torch.inference_mode(), way.open_on(model, None):
         return peak_bytes(lambda: model.generate(**way.inputs, **options), model.device)
 
 
@@ -200,13 +252,13 @@ def _row(way: Way, samples: Mapping[str, list[dict[str, float]]], kv_bytes: int,
         "kv_bytes": kv_bytes,
         "peak_bytes": peak,
         "seconds": {timer: _quartiles([sample[timer] for sample in ours]) for timer in TIMERS},
-        "of_plain": {timer: _ratios(ours, plain, timer) for timer in TIMERS if timer != "method"},
+        "of_plain": {timer: _ratios(ours, plain, timer) for timer in TIMERS if timer not in ("method", "opening")},
     }
     if way.ideal is not None:
         whole = [sample["vision"] + sample["prefill"] for sample in plain]
         shares = [sample["method"] / of for sample, of in zip(ours, whole, strict=True)]
         row["method_of_plain_prefill"] = _quartiles(shares)
-        row["ideal_of_ours"] = {timer: _ratios(samples[way.ideal], ours, timer) for timer in ("decode", "total")}
+        row["ideal_of_ours"] = {timer: _ratios(samples[way.ideal], ours, timer) for timer in ("decode", "total", "cpu")}
     return row
 
 

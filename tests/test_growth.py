@@ -120,6 +120,39 @@ def test_complete_graph_matching_in_strips(seed, held, monkeypatch):
         assert target[b].tolist() == [max(free, key=lambda j: float(cosine[i, j])) for i in taken]
 
 
+def matched(metric, importance, count):
+    """Complete-graph matching with all cosines at once."""
+    unit = F.normalize(metric, dim=-1)
+    cosine = (unit @ unit.mT).fill_diagonal_(-torch.inf)
+    cosine = torch.maximum(cosine, cosine.mT)
+    order = cosine.amax(-1).sort(descending=True, stable=True).indices
+    rank = order.argsort()
+    later = cosine.masked_fill(rank <= rank[:, None], -torch.inf).amax(-1)
+    source = order[(importance - later)[order].sort(stable=True).indices[:count]]
+    cosine[:, source] = -torch.inf
+    return source.tolist(), cosine.argmax(-1)[source].tolist()
+
+
+@every_seed
+@pytest.mark.parametrize("held", [1 << 24, 3000])
+@pytest.mark.parametrize("kind", ["random", "star"])
+def test_complete_graph_matching_by_those_that_may_be_taken(seed, held, kind, monkeypatch):
+    """Also where what a token is most like says little: many are like one that ranks before all of them."""
+    monkeypatch.setattr(diverse, "SIMILARITIES", held)
+    monkeypatch.setattr(matching, "SIMILARITIES", held)
+    metric, importance = random(2, 300, 200, seed=seed), random(2, 300, seed=seed + 9).abs() / 20
+    if kind == "star":
+        centre, importance = 1.5 * 14 * F.normalize(random(2, 1, 200, seed=seed + 5), dim=-1), importance / 100
+        pairs = metric[:, 1:21] + 0.9 * metric[:, 21:41]  # cosines of .74; those to the centre are .83, .69 without it
+        metric = torch.cat([centre, pairs, metric[:, 1:21], metric[:, 41:] + centre], 1)
+    seen, asked = matching.gather, []
+    monkeypatch.setattr(matching, "gather", lambda values, index: asked.append(index.shape[1]) or seen(values, index))
+    source, target = matching.match_any(metric, importance, 5)
+    for b in range(2):
+        assert (source[b].tolist(), target[b].tolist()) == matched(metric[b], importance[b], 5)
+    assert (sum(asked) > 300 + 84 + 5) == (kind == "star")  # once all, 84 that may be taken, 5 that are
+
+
 @every_seed
 @pytest.mark.parametrize("groups", [1, 2, 12])
 @pytest.mark.parametrize("threshold", [-0.5, 0.2, 0.7])
@@ -198,7 +231,7 @@ def selection():
 
 ONE_STOP = {"fastvid", "pixelprune", "prunesid"}
 """Methods that read the device once in a selection; on the CPU a copy to the host is none, so HoliTom's is not seen."""
-ON_THE_CPU = {"mmtok"}
+ON_THE_CPU = {"crossget", "mmtok"}
 """What stops there does not elsewhere."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,22 +231,71 @@ def selection():
     return module
 
 
-ONE_STOP = {"fastvid", "pixelprune", "prunesid"}
-"""Methods that read the device once in a selection; on the CPU a copy to the host is none, so HoliTom's is not seen."""
-ON_THE_CPU = {"crossget", "mmtok"}
-"""What stops there does not elsewhere."""
+STOPS = {"fastvid": 1, "holitom": 3, "pixelprune": 1, "prunesid": 1}
+"""How often methods ask in a selection what was found. HoliTom and FastVID ask of what they copied to the host at once,
+and copies and lists, which PyTorch makes of a tensor by itself, are not seen on the CPU."""
 
 
 @pytest.mark.parametrize(
-    "name", ["crossget", "divprune", "evs", "fastvid", "fastv", "holitom", "mmtok", "prunesid", "tome"]
+    "name", ["crossget", "divprune", "evs", "fastvid", "fastv", "holitom", "mmtok", "pixelprune", "prunesid", "vscan"]
 )
 def test_the_table_of_costs(name, selection, monkeypatch):
     monkeypatch.setattr(selection, "KEEP", 20)
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.no_grad():
         row = selection.measured(name, 196, 1, 0.0)
     assert row["tokens"] == 196
     assert row["operations"] > 0
-    assert name in ON_THE_CPU or row["stops"] <= (name in ONE_STOP)
+    assert row["stops"] <= STOPS.get(name, 0)
+    assert row["pays_from"] > 0
     assert selection.table([row]).count("\n") == 2
-    assert name in vt.list_methods()
+
+
+def test_work_is_counted_as_it_is(selection):
+    a, b = random(1, 8, 4), random(1, 4, 6)
+    with torch.no_grad(), selection.Counted() as counted:
+        torch.bmm(a, b)
+        a[:, ::2].contiguous().gather(1, torch.zeros(1, 2, 4, dtype=torch.long))
+    assert counted.flops == 2 * 8 * 4 * 6
+    assert counted.operations == counted.launches + 1  # the slice is a view
+    sizes = [4 * (32 + 24 + 48), 4 * (16 + 16), 8 * 8, 4 * (8 + 8)]  # a product, a copy, zeros, and what is gathered
+    assert counted.bytes == sum(sizes)
+    assert counted.largest == 4 * 48
+    rows = [{"tokens": size, "bytes": size**2, "flops": 0} for size in (10, 100)]
+    assert selection.exponent(rows, "bytes") == pytest.approx(2)
+    assert selection.exponent(rows, "flops") == 0
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "selection.jsonl"
+
+
+@pytest.fixture(scope="module")
+def stored():
+    rows: dict[str, list[dict]] = {}
+    for line in RESULTS.read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["method"], []).append(row)
+    return rows
+
+
+def test_the_stored_table_is_whole(stored, selection):
+    assert list(stored) == sorted(set(vt.list_methods()) - {"none"})
+    for name, rows in stored.items():
+        sizes = [196 * frames for frames in (4, 16, 64, 128)] if name in selection.VIDEO else [576, 2304, 9216, 16384]
+        assert [row["tokens"] for row in rows] == sizes, name
+    printed = (RESULTS.parents[2] / "docs" / "results" / "bench.md").read_text()
+    assert selection.table([row for rows in stored.values() for row in rows]) in printed
+
+
+def test_what_grows_faster_than_the_tokens_says_so(stored, selection):
+    """A method whose bytes or FLOPs grow with a power above 1.1 gives its reason in its docstring."""
+    above = {
+        name
+        for name, rows in stored.items()
+        if max(selection.exponent(rows, what) for what in ("bytes", "flops")) > 1.1
+    }
+    assert {"mmtok", "divprune", "crossget", "ppe"} <= above
+    for name in sorted(above):
+        module = sys.modules[type(vt.load_method(name)).__module__]
+        text = " ".join(module.__doc__.split())
+        assert any(word in text for word in ("square of", "above linear", "cube of")), name

@@ -84,7 +84,7 @@ def pick_from_groups(
     pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
     threshold = factor * pairs / (tokens * (tokens - 1))
     gone = suppressed(unit, group, score, threshold)
-    members = F.one_hot(group, groups)
+    members = (group[..., None] == torch.arange(groups, device=group.device)).long()
     survivors = (members * ~gone[..., None]).sum(1)
     quota = quotas(members.sum(1), survivors, count, cap=5 * -(-count // 64))
     rank = rank_within(group, score, behind=gone)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from visiontrim.ops import host
+
 PART = 64
 """Rows that are taken at a time, so that they stay in a processor's cache and sums of float32 stay short."""
 DOUBT = 1.01 * (PART + 2) * 2**-24
@@ -25,7 +27,7 @@ def coverage_picks(coverage: Float[Tensor, "batch rows tokens"], count: int) -> 
     Elsewhere finding out which rows these are would stop the host at every pick.
     """
     coverage = coverage.float()
-    if coverage.device.type != "cpu":
+    if not host.asks_freely(coverage):
         return _all_rows(coverage, count)
     return torch.stack([_changed_rows(of_image, count) for of_image in coverage])
 

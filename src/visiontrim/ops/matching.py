@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from visiontrim.ops import host
 from visiontrim.ops.diverse import SIMILARITIES, nearest_similarity
 from visiontrim.ops.select import gather, leftovers
 
@@ -82,7 +83,7 @@ def match_any(
     by_least = least.sort(dim=1, stable=True).indices
     known, some = min(tokens, 4 * count + 64), max(1, SIMILARITIES // (batch * tokens))
     while True:
-        known = known if unit.device.type == "cpu" else tokens
+        known = known if host.asks_freely(unit) else tokens
         maybe, later = by_least[:, :known].sort(dim=1).values, []
         rank = torch.arange(tokens, device=unit.device)
         for part in maybe.split(some, 1):

@@ -2,7 +2,7 @@
 
     python benchmarks/selection.py                      # every method; JSON lines, then a table
     python benchmarks/selection.py --method mmtok --tokens 576 2304 --repeats 3
-    python benchmarks/selection.py --table benchmarks/results/selection.jsonl       # the table of what is stored
+    python benchmarks/selection.py --out benchmarks/results/selection.jsonl    # what is stored there is not run again
 
 One selection of the first step that removes something, on random signals: 64 tokens are kept (after encoder layers: as
 many as the first of them leaves), features have width 1,024, what is in the language model's space 4,096. A video has
@@ -58,6 +58,12 @@ KEEP, WORDS, WIDTH, LANGUAGE, HEADS, FRAME = 64, 24, 1024, 4096, 16, 196
 LAUNCH, STOP, BANDWIDTH, FLOAT32, BFLOAT16 = 4e-6, 30e-6, 3e12, 40e12, 400e12
 """Seconds, bytes a second and FLOPs a second assumed of a card of the H100 class."""
 STOPS = {"_local_scalar_dense", "nonzero", "is_nonzero", "unique2", "_unique2", "masked_select"}
+PICKS = {"index_select", "gather", "index"}
+"""Operations that read of what they are given as much as they return."""
+PUTS = {"index_put_", "_index_put_impl_", "scatter_", "scatter_add_", "index_add_", "index_copy_", "index_fill_"}
+"""Those that leave most of their first argument alone."""
+WRITES = {"copy_", "fill_", "zero_"}
+"""Those that write what they return and do not read it."""
 VIDEO = {"aot", "dycoke", "evs", "fastvid", "flashvid", "holitom", "st-gridpool", "v-cast", "vidcom2"}
 
 
@@ -79,8 +85,12 @@ class Counted(TorchDispatchMode):
             return result
         self.launches += 1
         given, written = (sum(map(size_of, tensors(of))) for of in ((args, kwargs), result))
-        picks = name in {"index_select", "gather", "index"}  # reads as much as it writes
-        self.bytes += written + (written if picks else given)
+        if name in PICKS:
+            self.bytes += 2 * written
+        elif name in PUTS:
+            self.bytes += 2 * (given - size_of(args[0]))
+        else:
+            self.bytes += given + (0 if name in WRITES else written)
         self.largest = max([self.largest, *map(size_of, tensors(result))])
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
@@ -280,23 +290,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2304, 9216, 16384], help="of a picture")
     parser.add_argument("--frames", type=int, nargs="+", default=[4, 16, 64, 128], help="of a video")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--table", type=Path, help="stored lines to print as a table, instead of measuring")
     parser.add_argument("--limit", type=float, default=1.0, help="seconds from which on a selection is run once")
+    parser.add_argument("--out", type=Path, help="where rows are stored; those that are there are not measured again")
     options = parser.parse_args()
-    if options.table:
-        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
-        return
     torch.set_num_threads(1)
-    rows = []
-    for name in options.method or sorted(vt.list_methods()):
-        for tokens in [FRAME * frames for frames in options.frames] if name in VIDEO else options.tokens:
+    rows = stored(options.out) if options.out and options.out.exists() else []
+    names = options.method or sorted(set(vt.list_methods()) - {"none"})
+    for number in range(max(len(options.tokens), len(options.frames))):  # the small ones of all methods first
+        for name in names:
+            sizes = [FRAME * frames for frames in options.frames] if name in VIDEO else options.tokens
+            if number >= len(sizes) or any((row["method"], row["tokens"]) == (name, sizes[number]) for row in rows):
+                continue
             torch.manual_seed(0)
-            row = measured(name, tokens, options.repeats, options.limit)
+            row = measured(name, sizes[number], options.repeats, options.limit)
             if row is None:
-                break
+                continue
             rows.append(row)
             print(json.dumps(row), flush=True)
+            if options.out:
+                rows.sort(key=lambda row: (row["method"], row["tokens"]))
+                options.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print(table(rows))
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

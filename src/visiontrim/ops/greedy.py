@@ -67,7 +67,7 @@ def covering_picks(
     picks = []
     for _ in range(count):
         more = torch.sub(cosine, covered, out=more)
-        gain = F.threshold_(more, ROUNDING, 0.0).sum(1)
+        gain = F.threshold(more, ROUNDING, 0.0, inplace=True).sum(1)
         value = gain + weight if add else gain * weight
         nothing = (gain.masked_fill(taken, 0.0) == 0).all(-1, keepdim=True)
         value = torch.where(nothing, weight, value).masked_fill(taken, -torch.inf)

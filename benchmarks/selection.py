@@ -11,7 +11,7 @@ frames of 196 tokens. Columns:
 - operations that PyTorch is asked for, views included;
 - stops: reads of the device by the host;
 - bytes of the largest tensor that an operation returns;
-- CPU milliseconds on one thread;
+- CPU milliseconds on one thread, "-" where they are likely to be more than ``--most`` seconds;
 - growth: exponents, from the first to the last size, of the bytes that operations read and write and of FLOPs (matrix
   products, and eigenvectors as 20 n^3); 1 is linear, "-" is none at all;
 - pays from: **an estimate**, not a measurement, of the smallest decoder, in billions of parameters that a token passes
@@ -30,6 +30,7 @@ All but the times are the same on any machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -218,28 +219,71 @@ def selections(name: str, tokens: int) -> list[tuple[int, Selection]]:
     return found
 
 
-def measured(name: str, tokens: int, repeats: int, limit: float) -> dict[str, Any] | None:
-    tokens = math.prod(grid_of(name, tokens))
-    first, takes = None, 0.0
-    for number, chosen in selections(name, tokens):
-        start = time.process_time()
-        with Counted() as counted, mock.patch.object(host, "asks_freely", return_value=False) as asked:
-            answer = chosen.run()
-        spent = time.process_time() - start
-        takes += number * counted.seconds
-        index = getattr(answer, "index", answer)
-        if first is None and index.shape[1] < tokens:
-            first = counted, chosen, index.shape[1], None if asked.called else spent
-    if first is None:
+NO_VALUES = RuntimeError, NotImplementedError
+"""How PyTorch says that there are no values on the "meta" device."""
+
+
+class Counts(NamedTuple):
+    """What a method's steps take, and what the first of them that removes something does."""
+
+    first: Counted
+    chosen: Selection
+    left: int
+    seconds: float
+    """On the card that is assumed, for all steps."""
+    spent: float | None
+    """CPU time, unless on the CPU the selection would go another way."""
+
+
+def counts(name: str, tokens: int, device: str) -> Counts | None:
+    """On the "meta" device nothing is computed, so that a step that asks what was found raises."""
+    tokens, found, takes = math.prod(grid_of(name, tokens)), None, 0.0
+    with torch.device(device), mock.patch.object(host, "asks_freely", return_value=False) as asked:
+        for number, chosen in selections(name, tokens):
+            start = time.process_time()
+            with Counted() as counted:
+                answer = chosen.run()
+            spent = time.process_time() - start
+            takes += number * counted.seconds
+            index = getattr(answer, "index", answer)
+            if found is None and index.shape[1] < tokens:
+                found = Counts(counted, chosen, index.shape[1], 0.0, None if asked.called else spent)
+    return found and found._replace(seconds=takes)
+
+
+@functools.cache
+def needs_values(name: str) -> bool:
+    """Whether a method cannot be counted without values, or not alike."""
+    small, totals = 4 * FRAME if name in VIDEO else 576, []
+    for device in ("cpu", "meta"):
+        try:
+            found = counts(name, small, device)
+        except NO_VALUES:
+            return True
+        totals.append(found and (found.left, found.seconds, found.first.operations, found.first.bytes))
+    return totals[0] != totals[1]
+
+
+def measured(name: str, tokens: int, repeats: int, limit: float, *, timed: bool = True) -> dict[str, Any] | None:
+    """``timed``: the selection is run, not only counted, if it can be counted without."""
+    timed, found = timed or needs_values(name), None
+    if not timed:
+        try:
+            found = counts(name, tokens, "meta")
+        except NO_VALUES:  # a larger picture may be asked what a smaller one is not
+            timed = True
+    if timed:
+        found = counts(name, tokens, "cpu")
+    if found is None:
         return None
-    counted, chosen, left, spent = first
-    seconds = [] if spent is None or spent < limit else [spent]
-    while not seconds or (len(seconds) < repeats and seconds[0] < limit):
+    tokens, chosen, counted = math.prod(grid_of(name, tokens)), found.chosen, found.first
+    seconds = [found.spent] if found.spent is not None and found.spent >= limit else []
+    while timed and (not seconds or (len(seconds) < repeats and seconds[0] < limit)):
         start = time.process_time()
         chosen.run()
         seconds.append(time.process_time() - start)
     share = 1 - chosen.site.index / LAYERS.decoder if isinstance(chosen.site, DecoderLayer) else 1.0
-    gone = (tokens - (left if chosen.left is None else chosen.left)) * share
+    gone = (tokens - (found.left if chosen.left is None else chosen.left)) * share
     return {
         "method": name,
         "tokens": tokens,
@@ -248,9 +292,17 @@ def measured(name: str, tokens: int, repeats: int, limit: float) -> dict[str, An
         "bytes": counted.bytes,
         "flops": counted.flops,
         "largest_mb": round(counted.largest / 1e6, 2),
-        "ms": round(1e3 * min(seconds), 2),
-        "pays_from": float(f"{takes * BFLOAT16 / (2 * gone) / 1e9:.2g}"),
+        "ms": round(1e3 * min(seconds), 2) if timed else None,
+        "pays_from": float(f"{found.seconds * BFLOAT16 / (2 * gone) / 1e9:.2g}"),
     }
+
+
+def quick(rows: list[dict[str, Any]], name: str, tokens: int, most: float) -> bool:
+    """Whether a selection is likely to be done in ``most`` seconds, as work grows with the square at worst."""
+    last = max((row for row in rows if row["method"] == name), key=lambda row: row["tokens"], default=None)
+    if last is None:
+        return True
+    return last["ms"] is not None and last["ms"] / 1e3 * (tokens / last["tokens"]) ** 2 < most
 
 
 COLUMNS = "tokens", "operations", "stops", "largest_mb", "ms"
@@ -272,7 +324,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
-        columns = [alike([f"{row[what]:,}" for row in own]) for what in COLUMNS]
+        columns = [alike(["-" if row[what] is None else f"{row[what]:,}" for row in own]) for what in COLUMNS]
         growth = [f"{exponent(own, what):.2f}" if any(row[what] for row in own) else "-" for what in ("bytes", "flops")]
         pays = alike([f"{row['pays_from']:g}" for row in own])
         lines.append(f"| {name} | {' | '.join([*columns, ', '.join(growth), pays])} |")
@@ -291,6 +343,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[4, 16, 64, 128], help="of a video")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=1.0, help="seconds from which on a selection is run once")
+    parser.add_argument("--most", type=float, default=10.0, help="seconds up to which a selection is timed")
     parser.add_argument("--out", type=Path, help="where rows are stored; those that are there are not measured again")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -302,7 +355,8 @@ def main() -> None:
             if number >= len(sizes) or any((row["method"], row["tokens"]) == (name, sizes[number]) for row in rows):
                 continue
             torch.manual_seed(0)
-            row = measured(name, sizes[number], options.repeats, options.limit)
+            timed = quick(rows, name, sizes[number], options.most)
+            row = measured(name, sizes[number], options.repeats, options.limit, timed=timed)
             if row is None:
                 continue
             rows.append(row)

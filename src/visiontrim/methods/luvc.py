@@ -18,6 +18,9 @@ SPU, the spectrum pruning unit, stands before several decoder layers (see :mod:`
 4. The last layer gets no vision token, and caches none.
 
 No attention map is read, and the text never enters.
+
+The pairs that merge along a line are found gap by gap for every number of pairs at once: above linear, by the power 3/2
+of the tokens.
 """
 
 from __future__ import annotations

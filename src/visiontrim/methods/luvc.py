@@ -19,8 +19,8 @@ SPU, the spectrum pruning unit, stands before several decoder layers (see :mod:`
 
 No attention map is read, and the text never enters.
 
-The pairs that merge along a line are found gap by gap for every number of pairs at once: above linear, by the power 3/2
-of the tokens.
+A merge in the encoder is linear in the tokens. The table of costs shows one up to 9,216 tokens and a pruning between
+decoder layers at 16,384, so what it has as growth, above linear, is that of two different steps.
 """
 
 from __future__ import annotations

@@ -1,17 +1,28 @@
-"""What one selection of every method costs, and how that grows with the picture or the video.
+"""What one selection of every method costs, how that grows with the picture or the video, and when it pays.
 
     python benchmarks/selection.py                      # every method; JSON lines, then a table
     python benchmarks/selection.py --method mmtok --tokens 576 2304 --repeats 3
+    python benchmarks/selection.py --out benchmarks/results/selection.jsonl    # what is stored there is not run again
 
 One selection of the first step that removes something, on random signals: 64 tokens are kept (after encoder layers: as
 many as the first of them leaves), features have width 1,024, what is in the language model's space 4,096. A video has
 frames of 196 tokens. Columns:
 
-- operations that PyTorch is asked for, views included: on a fast card each is about 3 to 5 microseconds;
+- operations that PyTorch is asked for, views included;
 - stops: reads of the device by the host;
-- elements that operations return, in all, and bytes of the largest of these tensors;
-- CPU milliseconds on one thread, left out beyond ``--limit`` seconds;
-- growth: the exponent of elements and of time from the first to the last size, 1 is linear.
+- bytes of the largest tensor that an operation returns;
+- CPU milliseconds on one thread, "-" where they are likely to be more than ``--most`` seconds;
+- growth: exponents, from the first to the last size, of the bytes that operations read and write and of FLOPs (matrix
+  products, and eigenvectors as 20 n^3); 1 is linear, "-" is none at all;
+- pays from: **an estimate**, not a measurement, of the smallest decoder, in billions of parameters that a token passes
+  through, for which a method saves more time than it takes on a fast card, at each size. An operation that is no view
+  takes LAUNCH, a stop STOP, bytes and FLOPs go at BANDWIDTH and FLOAT32, and all of a method's steps count as if none
+  had removed anything before; saved are 2 FLOPs a parameter and token that is gone, at BFLOAT16, in the layers after
+  the first step that removes any. Saved attention, cache and decoding are not counted, nor what the engine takes to
+  give a method its signals, nor that a small decoder is bound by launches itself.
+
+Operations, stops and bytes are those of an accelerator, where nothing asks the device that need not; milliseconds those
+of a CPU, which may ask. `none` selects nothing and has no row.
 
 All but the times are the same on any machine.
 """
@@ -19,45 +30,89 @@ All but the times are the same on any machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import visiontrim as vt
-from visiontrim.core.method import EncoderLayer, Layers
+from visiontrim.core.method import DecoderLayer, EncoderLayer, Layers, Site
 from visiontrim.core.signals import DecoderSignals, EncoderSignals, Sides, Signal, TextSignals
 from visiontrim.methods.base import EncoderStep
 from visiontrim.methods.cascade import Cascade
 from visiontrim.methods.matching import Matching
+from visiontrim.methods.twostage import TwoStage
+from visiontrim.ops import host
 
 KEEP, WORDS, WIDTH, LANGUAGE, HEADS, FRAME = 64, 24, 1024, 4096, 16, 196
+LAUNCH, STOP, BANDWIDTH, FLOAT32, BFLOAT16 = 4e-6, 30e-6, 3e12, 40e12, 400e12
+"""Seconds, bytes a second and FLOPs a second assumed of a card of the H100 class."""
 STOPS = {"_local_scalar_dense", "nonzero", "is_nonzero", "unique2", "_unique2", "masked_select"}
+PICKS = {"index_select", "gather", "index"}
+"""Operations that read of what they are given as much as they return."""
+PUTS = {"index_put_", "_index_put_impl_", "scatter_", "scatter_add_", "index_add_", "index_copy_", "index_fill_"}
+"""Those that leave most of their first argument alone."""
+WRITES = {"copy_", "fill_", "zero_"}
+"""Those that write what they return and do not read it."""
 VIDEO = {"aot", "dycoke", "evs", "fastvid", "flashvid", "holitom", "st-gridpool", "v-cast", "vidcom2"}
 
 
 class Counted(TorchDispatchMode):
-    """Counts what the operations inside are and return."""
+    """Counts what the operations inside are, read and return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.stops = self.elements = self.largest = 0
+        self.operations = self.launches = self.stops = self.bytes = self.flops = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         self.operations += 1
         name = func.overloadpacket.__name__
-        moved = name == "_to_copy" and (kwargs or {}).get("device") is not None
+        moved = name == "_to_copy" and kwargs.get("device") is not None
         self.stops += name in STOPS or moved
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor) and not func.is_view:
-                self.elements += value.numel()
-                self.largest = max(self.largest, value.untyped_storage().nbytes())
+        if func.is_view:
+            return result
+        self.launches += 1
+        given, written = (sum(map(size_of, tensors(of))) for of in ((args, kwargs), result))
+        if name in PICKS:
+            self.bytes += 2 * written
+        elif name in PUTS:
+            self.bytes += 2 * (given - size_of(args[0]))
+        else:
+            self.bytes += given + (0 if name in WRITES else written)
+        self.largest = max([self.largest, *map(size_of, tensors(result))])
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        elif name == "_linalg_eigh":
+            self.flops += 20 * args[0].shape[-1] * args[0].numel()
         return result
+
+    @property
+    def seconds(self) -> float:
+        """What this takes on the card that is assumed."""
+        fixed = self.launches * LAUNCH + self.stops * STOP
+        return fixed + self.bytes / BANDWIDTH + self.flops / FLOAT32
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """Bytes, of what is expanded only those that there are."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def grid_of(name: str, tokens: int) -> tuple[int, int, int]:
@@ -80,7 +135,8 @@ def signal(need: Signal, tokens: int, grid: tuple[int, int, int], inside: bool) 
         case "cls_query":
             return torch.randn(1, HEADS, 1, WIDTH // HEADS)
         case "pixels" | "colours":
-            return torch.randn(1, tokens, 3, 1024)
+            # three of four are like their neighbour on the left
+            return torch.randn(1, -(-tokens // 4), 3, 1024).repeat_interleave(4, 1)[:, :tokens]
         case "keys" | "queries":
             return Sides(torch.randn(heads[0]), torch.randn(heads[1]))
         case "normed" | "embeddings":
@@ -121,98 +177,198 @@ def view_of(name: str, step: vt.Step, tokens: int) -> vt.View:
         features=torch.randn(1, tokens, LANGUAGE if inside else WIDTH),
         coordinates=torch.cartesian_prod(*map(torch.arange, grid))[None],
         grid=grid,
-        entered=tokens,
+        entered=KEEP if isinstance(step.site, DecoderLayer) else tokens,  # what an earlier step would leave
         num_layers=32,
         **groups,
     )
 
 
+LAYERS = Layers(encoder=24, decoder=32)
 GROUPS = (EncoderSignals, DecoderSignals, TextSignals)
 
 
-def selection(name: str, tokens: int) -> Callable[[], Any] | None:
-    """One selection by the method's first step that removes something; None: there is none at this size."""
+class Selection(NamedTuple):
+    """One selection by a step."""
+
+    run: Callable[[], Any]
+    site: Site
+    left: int | None
+    """Tokens that are left once all of the method's steps are done; None: as many as this one leaves."""
+
+
+def selections(name: str, tokens: int) -> list[tuple[int, Selection]]:
+    """The first selection of each kind of step, with how many steps are of that kind."""
     method = vt.load_method(name)
-    layers = Layers(encoder=24, decoder=32)
-    for step in method.steps_for(layers):
-        view = view_of(name, step, tokens)
+    steps = method.steps_for(LAYERS)
+    kinds = Counter((type(step), type(step.site)) for step in steps)
+    found: list[tuple[int, Selection]] = []
+    for kind, number in kinds.items():
+        step = next(step for step in steps if (type(step), type(step.site)) == kind)
+        view, owner = view_of(name, step, tokens), getattr(step, "method", None)
         if isinstance(step, EncoderStep):
-            return lambda step=step, view=view: step.choose(view, KEEP)
-        owner = getattr(step, "method", None)
-        if isinstance(owner, Cascade) and str(step.site).startswith("layer"):
-            return lambda owner=owner, view=view: owner.choose(view, KEEP)
-        if isinstance(owner, Matching):
-            count = owner.count(view, 1, len(method.steps_for(layers)))
-            return lambda owner=owner, view=view, count=count: owner.merged(view, count)
-        if step.select(view).index.shape[1] < view.total:
-            return lambda step=step, view=view: step.select(view)
-    return None
+            chosen = Selection(partial(step.choose, view, KEEP), step.site, None)
+        elif isinstance(owner, Cascade) and isinstance(step.site, DecoderLayer):
+            chosen = Selection(partial(owner.choose, view, KEEP), step.site, KEEP)
+        elif isinstance(owner, TwoStage) and isinstance(step.site, DecoderLayer):
+            chosen = Selection(partial(owner.prune, view, KEEP), step.site, KEEP)
+        elif isinstance(owner, Matching):
+            chosen = Selection(partial(owner.merged, view, owner.count(view, 1, len(steps))), step.site, KEEP)
+        else:
+            chosen = Selection(partial(step.select, view), step.site, None)
+        found.append((number, chosen))
+    return found
 
 
-def measured(name: str, tokens: int, repeats: int, limit: float) -> dict[str, Any] | None:
-    chosen = selection(name, tokens)
-    if chosen is None:
+NO_VALUES = RuntimeError, NotImplementedError
+"""How PyTorch says that there are no values on the "meta" device."""
+
+
+class Counts(NamedTuple):
+    """What a method's steps take, and what the first of them that removes something does."""
+
+    first: Counted
+    chosen: Selection
+    left: int
+    seconds: float
+    """On the card that is assumed, for all steps."""
+    spent: float | None
+    """CPU time, unless on the CPU the selection would go another way."""
+
+
+def counts(name: str, tokens: int, device: str) -> Counts | None:
+    """On the "meta" device nothing is computed, so that a step that asks what was found raises."""
+    tokens, found, takes = math.prod(grid_of(name, tokens)), None, 0.0
+    with torch.device(device), mock.patch.object(host, "asks_freely", return_value=False) as asked:
+        for number, chosen in selections(name, tokens):
+            start = time.process_time()
+            with Counted() as counted:
+                answer = chosen.run()
+            spent = time.process_time() - start
+            takes += number * counted.seconds
+            index = getattr(answer, "index", answer)
+            if found is None and index.shape[1] < tokens:
+                found = Counts(counted, chosen, index.shape[1], 0.0, None if asked.called else spent)
+    return found and found._replace(seconds=takes)
+
+
+@functools.cache
+def needs_values(name: str) -> bool:
+    """Whether a method cannot be counted without values, or not alike."""
+    small, totals = 4 * FRAME if name in VIDEO else 576, []
+    for device in ("cpu", "meta"):
+        try:
+            found = counts(name, small, device)
+        except NO_VALUES:
+            return True
+        totals.append(found and (found.left, found.seconds, found.first.operations, found.first.bytes))
+    return totals[0] != totals[1]
+
+
+def measured(name: str, tokens: int, repeats: int, limit: float, *, timed: bool = True) -> dict[str, Any] | None:
+    """``timed``: the selection is run, not only counted, if it can be counted without."""
+    timed, found = timed or needs_values(name), None
+    if not timed:
+        try:
+            found = counts(name, tokens, "meta")
+        except NO_VALUES:  # a larger picture may be asked what a smaller one is not
+            timed = True
+    if timed:
+        found = counts(name, tokens, "cpu")
+    if found is None:
         return None
-    with Counted() as counted:
-        chosen()
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < repeats and seconds[0] < limit):
+    tokens, chosen, counted = math.prod(grid_of(name, tokens)), found.chosen, found.first
+    seconds = [found.spent] if found.spent is not None and found.spent >= limit else []
+    while timed and (not seconds or (len(seconds) < repeats and seconds[0] < limit)):
         start = time.process_time()
-        chosen()
+        chosen.run()
         seconds.append(time.process_time() - start)
+    share = 1 - chosen.site.index / LAYERS.decoder if isinstance(chosen.site, DecoderLayer) else 1.0
+    gone = (tokens - (found.left if chosen.left is None else chosen.left)) * share
     return {
         "method": name,
-        "tokens": math.prod(grid_of(name, tokens)),
+        "tokens": tokens,
         "operations": counted.operations,
         "stops": counted.stops,
-        "elements": counted.elements,
+        "bytes": counted.bytes,
+        "flops": counted.flops,
         "largest_mb": round(counted.largest / 1e6, 2),
-        "ms": round(1e3 * min(seconds), 2),
+        "ms": round(1e3 * min(seconds), 2) if timed else None,
+        "pays_from": float(f"{found.seconds * BFLOAT16 / (2 * gone) / 1e9:.2g}"),
     }
 
 
-def exponent(rows: list[dict[str, Any]], what: str) -> str:
+def quick(rows: list[dict[str, Any]], name: str, tokens: int, most: float) -> bool:
+    """Whether a selection is likely to be done in ``most`` seconds, as work grows with the square at worst."""
+    last = max((row for row in rows if row["method"] == name), key=lambda row: row["tokens"], default=None)
+    if last is None:
+        return True
+    return last["ms"] is not None and last["ms"] / 1e3 * (tokens / last["tokens"]) ** 2 < most
+
+
+COLUMNS = "tokens", "operations", "stops", "largest_mb", "ms"
+
+
+def exponent(rows: list[dict[str, Any]], what: str) -> float:
+    """Of the growth from the first to the last size; 0 where there is nothing."""
     first, last = rows[0], rows[-1]
-    if len(rows) < 2 or not first[what]:
-        return "-"
-    return f"{math.log(last[what] / first[what]) / math.log(last['tokens'] / first['tokens']):.2f}"
+    if len(rows) < 2 or not first[what] or not last[what]:
+        return 0.0
+    return math.log(last[what] / first[what]) / math.log(last["tokens"] / first["tokens"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row for each method, sizes in order."""
     lines = [
-        "| method | tokens | operations | stops | largest tensor, MB | ms | growth of elements | of time |",
+        "| method | tokens | operations | stops | largest tensor, MB | ms | growth: bytes, FLOPs | pays from, B |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
-        columns = [
-            " / ".join(f"{row[what]:,}" for row in own)
-            for what in ("tokens", "operations", "stops", "largest_mb", "ms")
-        ]
-        lines.append(f"| {name} | {' | '.join(columns)} | {exponent(own, 'elements')} | {exponent(own, 'ms')} |")
+        columns = [alike(["-" if row[what] is None else f"{row[what]:,}" for row in own]) for what in COLUMNS]
+        growth = [f"{exponent(own, what):.2f}" if any(row[what] for row in own) else "-" for what in ("bytes", "flops")]
+        pays = alike([f"{row['pays_from']:g}" for row in own])
+        lines.append(f"| {name} | {' | '.join([*columns, ', '.join(growth), pays])} |")
     return "\n".join(lines)
 
 
-@torch.inference_mode()
+def alike(values: list[str]) -> str:
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+@torch.no_grad()  # unlike in inference mode, composite operations are seen as what they consist of
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", nargs="+", help="names, with options if wanted; all unless given")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2304, 9216, 16384])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2304, 9216, 16384], help="of a picture")
+    parser.add_argument("--frames", type=int, nargs="+", default=[4, 16, 64, 128], help="of a video")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=2.0, help="seconds from which on a selection is timed once")
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds from which on a selection is run once")
+    parser.add_argument("--most", type=float, default=10.0, help="seconds up to which a selection is timed")
+    parser.add_argument("--out", type=Path, help="where rows are stored; those that are there are not measured again")
     options = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(1)
-    rows = []
-    for name in options.method or sorted(vt.list_methods()):
-        for tokens in options.tokens:
-            row = measured(name, tokens, options.repeats, options.limit)
+    rows = stored(options.out) if options.out and options.out.exists() else []
+    names = options.method or sorted(set(vt.list_methods()) - {"none"})
+    for number in range(max(len(options.tokens), len(options.frames))):  # the small ones of all methods first
+        for name in names:
+            sizes = [FRAME * frames for frames in options.frames] if name in VIDEO else options.tokens
+            if number >= len(sizes) or any((row["method"], row["tokens"]) == (name, sizes[number]) for row in rows):
+                continue
+            torch.manual_seed(0)
+            timed = quick(rows, name, sizes[number], options.most)
+            row = measured(name, sizes[number], options.repeats, options.limit, timed=timed)
             if row is None:
-                break
+                continue
             rows.append(row)
             print(json.dumps(row), flush=True)
+            if options.out:
+                rows.sort(key=lambda row: (row["method"], row["tokens"]))
+                options.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print(table(rows))
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ with all of them. ``sign`` sets it by hand. Without a question, diversity alone 
 Differences: the released code scales relevance over all tiles of a batch together, here each segment by itself, so that
 a batch equals its samples. A question longer than CLIP's context is cut into windows with an end token each (raw slices
 there). The weighting of relevance that the released code has commented out is left out.
+
+Linear in the patches. It is not five times cheaper than the plain greedy loop: each of ``keep`` picks hangs on the one
+before, reads all vectors once (there is no map of their products) and finds, multiplies, subtracts and marks, some 20
+kernels; one product for vectors and known directions, which has 14, takes as long on the CPU and rounds otherwise.
 """
 
 from __future__ import annotations

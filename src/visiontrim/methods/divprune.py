@@ -12,7 +12,9 @@ as here. Distances are float32 (half precision there, which may pick a patch twi
 the patches of overview and tiles together, newlines included; here each segment has its share, and of 320 of 2,880
 tokens 224 to 231 are the same.
 
-The first pick compares all pairs of patches, once each: work grows with their square, memory does not.
+The first pick compares all pairs of patches, once each: work grows with the square of the patches, memory does not.
+These cosines are what a nearest neighbour is known by, so no exact form does much better: at 2,304 patches of width
+4,096 25.7 GFLOP, of 44.7 with all of them. Each further pick reads all patches once and hangs on the one before.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ the release). Any other method that merges has it as ``vt.trim(..., positions="u
 Other differences: those of :mod:`.tome`. Of the 24 blocks that the release spreads 384 merges over ("192out"), 16 each,
 LLaVA uses 23, so that its own counts leave 208 tokens; here 192 are 192. Pictures that the encoder gets in one call
 must agree on their counts, so one image at a time (the original takes a batch of one, too).
+
+As in ToMe, work grows with the square of the tokens, and a product of a fourth of all pairs is nearly all there is.
 """
 
 from __future__ import annotations

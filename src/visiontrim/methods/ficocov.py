@@ -14,6 +14,7 @@ from scaled logits averaged over heads, a_cls being those of [CLS]; the correlat
 a_cls is the cosine of a token's key with the mean key (the paper's best choice).
 
 The dropped tokens of a step are compared with all that stay: work and memory of a step grow with the product of both.
+Beside all tokens with all that is 2.4 times less CPU time at 576 tokens and 4.1 at 2,304, in 135 operations.
 
 Differences. The paper compresses inside a layer, between attention and MLP; here a step stands before the layer that
 follows. Of 24 layers LLaVA uses 23, so steps stand before layers 12 to 22, eleven as in the released code. That code

@@ -24,6 +24,7 @@ option of contextual tokens among the dynamic ones, off by default, is not built
 :class:`HoliTomInner` is the part inside the language model: ``holitom | holitom-inner``.
 
 Densities compare the static tokens of a window with each other: work grows with the square of these.
+The windows are those of a dynamic program over the frames, on the host: time is as it was, stops are not one a frame.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ of the attention, whatever ``weight`` is.
 Differences: what a quota has above its strip's size goes to the strips with room, where the code appends zero vectors;
 quotas are the whole numbers nearest to the shares, where it gives what floors leave to the largest weights in turn.
 Strips are 16 at most, and one a token at most.
+
+The variance is over all pairs inside a strip, and strips grow with the picture: a sixteenth of N x N cosines, so work
+grows with the square of the tokens.
 """
 
 from __future__ import annotations

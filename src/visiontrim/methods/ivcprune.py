@@ -21,6 +21,9 @@ paper's half: the softmax is over image tokens. ``variant="code"`` has that for 
 Differences: "everything" is the image and the text after it, not the text before. Text starts right after the image,
 not two tokens later. If seeds and coordinates are more than the count, seeds go on first, then coordinates, each by
 falling f. The cosines of mRoPE are averaged as the layers get them.
+
+Seeds are a share of the tokens and each is compared with all of them: a hundredth of N x N, so work and memory grow
+with the square of the tokens.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ SPU, the spectrum pruning unit, stands before several decoder layers (see :mod:`
 4. The last layer gets no vision token, and caches none.
 
 No attention map is read, and the text never enters.
+
+A merge in the encoder is linear in the tokens. The table of costs shows one up to 9,216 tokens and a pruning between
+decoder layers at 16,384, so what it has as growth, above linear, is that of two different steps.
 """
 
 from __future__ import annotations

@@ -10,7 +10,12 @@ add, summed over words (mean) and, times ``image_weight``, over patches (mean); 
 consecutive positions. Published: 192, 128 and 64 tokens, text temperature 0.02 (0.01 on Qwen). Without a question the
 image alone is covered.
 
-Every patch stands for every patch, so work and memory grow with the square of the patches.
+Every patch stands for every patch, so work and memory grow with the square of the patches. A pair takes width x 2
+operations for its cosine, of which half are done (the rest is the same), and three at every pick of the plain greedy
+loop, which :mod:`visiontrim.ops.coverage` makes about five in all instead of 192 at 64 picks. In CPU time that is 1.1
+times less than the plain form at 576 patches, 3.7 at 2,304 and 7.9 at 9,216, for the same choice. It cannot be five
+at 576, where all cosines and the words' are two fifths of the plain form's time and 64 picks, each of which hangs on
+the one before, are 64 times some 40 calls; at 2,304 half of the cosines are more than half of what is left.
 
 Differences: all tokens of the question are its words, as the released code does on Qwen; for LLaVA it drops articles,
 pronouns, auxiliaries and prompts for the answer's format first. On Qwen the original covers the patches before the
@@ -23,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -33,6 +39,7 @@ from visiontrim.core.view import Keep, View
 from visiontrim.methods.base import EncoderStep
 from visiontrim.methods.checks import require
 from visiontrim.ops.coverage import coverage_picks
+from visiontrim.ops.diverse import later_similarities
 
 
 @register
@@ -67,7 +74,10 @@ class MMTok(EncoderStep):
         if guided:
             rows[:, :words] = self.of_words(view.text.words, view.encoder.projected)
         of_patches = rows[:, words:]
-        of_patches.copy_(unit @ unit.mT)
+        for start, cosine in later_similarities(unit):  # the other half is the same
+            end = start + cosine.shape[1]
+            of_patches[:, start:end, start:] = cosine
+            of_patches[:, end:, start:end] = cosine[:, :, end - start :].mT
         # a softmax, in place: no other of these numbers is as large by far
         of_patches.div_(self.image_temperature).sub_(of_patches.amax(-1, keepdim=True)).exp_()
         share = (self.image_weight if guided else 1.0) / tokens
@@ -78,6 +88,7 @@ class MMTok(EncoderStep):
         self, words: Text, projected: Float[Tensor, "batch tokens width"]
     ) -> Float[Tensor, "batch words tokens"]:
         """How well each patch stands for each word; 0 for padding."""
-        cosine = F.normalize(words.tokens.float(), dim=-1) @ F.normalize(projected.float(), dim=-1).mT
+        length = torch.linalg.vector_norm(projected.float(), dim=-1).clamp(min=1e-12)
+        cosine = F.normalize(words.tokens.float(), dim=-1) @ projected.float().mT / length[:, None]
         share = words.mask / words.mask.sum(-1, keepdim=True).clamp(min=1)
         return (cosine / self.text_temperature).softmax(-1) * share[..., None]

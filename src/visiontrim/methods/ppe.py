@@ -15,7 +15,7 @@ to one token a frame more). The merging again before layers 11, 23 and 35 (the c
 built: at a mean of 52.6 % per layer it costs more than the single stage.
 
 Every density hangs on all distances inside a frame: work grows with the square of a frame's tokens, memory up to 64 MB
-of them.
+of them. Distances are products but for the nearest ones: 6.4 times less CPU time at 576 tokens than by differences.
 """
 
 from __future__ import annotations

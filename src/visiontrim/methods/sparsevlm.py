@@ -25,6 +25,8 @@ wins); text tokens that share a prompt with several images rate each image they 
 attention (v1.0) differs from image to image, which a batch cannot hold: it is not here.
 
 The clusters of v1.5 compare all recycled tokens with each other: work grows with the square of the tokens.
+Distances are products but for the nearest ones: 3.4 times less CPU time at 576 tokens and 6.5 at 2,304 than by
+differences.
 """
 
 from __future__ import annotations

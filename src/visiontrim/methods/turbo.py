@@ -7,6 +7,8 @@ is ToMe, which ``alpha=0`` gives.
 
 Differences: those of :mod:`.tome`. Without [CLS], attention received stands for its attention. The decay over layers,
 off by default in the original, and the token dropping in the text encoder of BLIP are not here.
+
+As in ToMe, work grows with the square of the tokens, and a product of a fourth of all pairs is nearly all there is.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def later_similarities(
     """Dot products of a few tokens at a time with themselves and all later ones, and where these few begin."""
     batch, tokens = unit.shape[:2]
     # an eighth at most, so that half of the pairs are left out
-    some = max(1, min(SIMILARITIES // (batch * tokens), max(64, -(-tokens // 8))))
+    # an eighth, or as few as are worth a launch, so that half of the pairs are left out
+    some = max(1, min(SIMILARITIES // (batch * tokens), max(256, -(-tokens // 8))))
     for start in range(0, tokens, some):
         yield start, unit[:, start : start + some] @ unit[:, start:].mT
 

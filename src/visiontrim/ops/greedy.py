@@ -62,12 +62,12 @@ def covering_picks(
     """
     unit = F.normalize(features.float(), dim=-1)
     cosine = unit @ unit.mT
-    covered = cosine.new_zeros(*cosine.shape[:2], 1)
+    covered, more = cosine.new_zeros(*cosine.shape[:2], 1), torch.empty_like(cosine)
     taken = torch.zeros(cosine.shape[:2], dtype=torch.bool, device=cosine.device)
     picks = []
     for _ in range(count):
-        more = cosine - covered
-        gain = (more * (more > ROUNDING)).sum(1)
+        more = torch.sub(cosine, covered, out=more)
+        gain = F.threshold(more, ROUNDING, 0.0, inplace=True).sum(1)
         value = gain + weight if add else gain * weight
         nothing = (gain.masked_fill(taken, 0.0) == 0).all(-1, keepdim=True)
         value = torch.where(nothing, weight, value).masked_fill(taken, -torch.inf)

@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from visiontrim.ops.diverse import SIMILARITIES, later_similarities, nearest_similarity
+from visiontrim.ops import host
+from visiontrim.ops.diverse import SIMILARITIES, nearest_similarity
 from visiontrim.ops.select import gather, leftovers
+
+ROUNDING = 1e-6
+"""By which two computations of the same cosine may differ."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,33 @@ def match_any(
     ``importance`` less their largest cosine to a token of later rank are taken; so the last one never is. Each merges
     into the most similar token that is not taken itself.
 
-    Two tokens that are nearest to each other tie exactly: the lower index is ranked first. All pairs are compared
-    twice, so work grows with the square of the tokens; ``SIMILARITIES`` of them are held.
+    Two tokens that are nearest to each other tie exactly: the lower index is ranked first. All pairs are compared once,
+    so work grows with the square of the tokens, and tokens that may be taken once more: on the CPU those that are most
+    similar to any other for their importance, and more of them only if these do not settle it; elsewhere, where to ask
+    would stop the host, all. ``SIMILARITIES`` are held at a time.
     """
     unit = F.normalize(metric.float(), dim=-1)
+    batch, tokens = unit.shape[:2]
+    nearest = nearest_similarity(unit)
     # by rank from here on, so that of equal values the earlier rank is taken
-    order = nearest_similarity(unit).sort(dim=1, descending=True, stable=True).indices
-    ranked, later = gather(unit, order), []
-    for _, similarity in later_similarities(ranked):
-        size = similarity.shape[1]
-        itself = torch.ones(size, size, dtype=torch.bool, device=unit.device).tril()
-        similarity[:, :, :size].masked_fill_(itself, -torch.inf)
-        later.append(similarity.amax(-1))
-    value = importance.float().gather(1, order) - torch.cat(later, 1)
-    source = order.gather(1, value.sort(dim=1, stable=True).indices[:, :count])
+    order = nearest.sort(dim=1, descending=True, stable=True).indices
+    ranked, weight = gather(unit, order), importance.float().gather(1, order)
+    least = weight - nearest.gather(1, order) - ROUNDING  # no token's value is below
+    by_least = least.sort(dim=1, stable=True).indices
+    known, some = min(tokens, 4 * count + 64), max(1, SIMILARITIES // (batch * tokens))
+    while True:
+        known = known if host.asks_freely(unit) else tokens
+        maybe, later = by_least[:, :known].sort(dim=1).values, []
+        rank = torch.arange(tokens, device=unit.device)
+        for part in maybe.split(some, 1):
+            similarity = gather(ranked, part) @ ranked.mT
+            later.append(similarity.masked_fill_(rank <= part[..., None], -torch.inf).amax(-1))
+        value, place = (weight.gather(1, maybe) - torch.cat(later, 1)).sort(dim=1, stable=True)
+        if known == tokens or bool((value[:, count - 1] < least.gather(1, by_least[:, known, None])[:, 0]).all()):
+            break
+        known = min(tokens, 4 * known)
+    source = order.gather(1, maybe.gather(1, place[:, :count]))
     taken = torch.zeros(unit.shape[:2], dtype=torch.bool, device=unit.device).scatter(1, source, True)
-    some = max(1, SIMILARITIES // (len(unit) * unit.shape[1]))
     target = [
         (gather(unit, part) @ unit.mT).masked_fill_(taken[:, None], -torch.inf).argmax(-1)
         for part in source.split(some, 1)
@@ -100,18 +115,20 @@ def merge_into(
     replace the contribution s + t of a pair by w_s s + (w_t - 1) t + t, before the division by the mass (CrossGET).
     """
     index = leftovers(source, features.shape[1])
-    weighted = features.float() * mass[..., None]
-    given = gather(weighted, source)
-    if weights is not None:
-        given = given * weights[0][..., None] + gather(weighted, target) * (weights[1] - 1)[..., None]
-    total = weighted.scatter_add(1, target[..., None].expand_as(given), given)
-    masses = mass.float().scatter_add(1, target, mass.float().gather(1, source))
-    alone = torch.ones_like(mass, dtype=torch.bool).scatter(1, target, False)
-    mean = torch.where(alone[..., None], features.float(), total / masses[..., None])
+    own, other = mass.float().gather(1, source)[..., None], mass.float().gather(1, target)[..., None]
+    giver, taker = gather(features, source).float(), gather(features, target).float()
     went_to = torch.zeros(mass.shape, dtype=torch.long, device=mass.device)
     went_to.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
-    went_to.scatter_(1, source, went_to.gather(1, target))
-    return Merged(index, gather(mean, index), went_to)
+    place = went_to.gather(1, target)
+    went_to.scatter_(1, source, place)
+    # what each source moves the mean of its target by; all other tokens are copied alone
+    moved = own * (giver - taker)
+    if weights is not None:
+        moved = moved + (weights[0][..., None] - 1) * own * giver + (weights[1][..., None] - 1) * other * taker
+    masses = mass.float().scatter_add(1, target, own[..., 0]).gather(1, target)
+    mean = gather(features, index).float()  # a copy: no other is made
+    mean.scatter_add_(1, place[..., None].expand_as(moved), moved / masses[..., None])
+    return Merged(index, mean, went_to)
 
 
 def best_pairs(similarity: Float[Tensor, "lines gaps"], count: int) -> Bool[Tensor, "lines gaps"]:

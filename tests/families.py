@@ -211,6 +211,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vision_feature_layer=-1,
     ),
 }
+MISSING = {name for name, config in {"lfm3_vl": "Lfm3Config"}.items() if not hasattr(hf, config)}
+"""Families that the installed release of transformers does not have yet."""
+for _name in MISSING:
+    del CONFIGS[_name]
 
 GENERIC: dict[str, Callable[[], Any]] = {
     "aya_vision": lambda: hf.AyaVisionConfig(

@@ -65,6 +65,8 @@ class Server:
         for sample in samples:
             inputs = self.processor(images=list(sample.images), text=sample.prompt, return_tensors="pt")
             method, options = (spec, {}) if spec is None else (spec[0], json.loads(spec[1]))
+            if method == "visiontrim":  # of whose two stages vLLM has the first one
+                options["stages"] = "vision"
             run = (
                 contextlib.nullcontext()
                 if method is None

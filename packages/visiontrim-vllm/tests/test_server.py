@@ -18,7 +18,7 @@ from conftest import LLAVA
 from visiontrim import zoo
 
 PORT = 8431
-OPTIONS = {"visiontrim": {"method": "visiontrim", "keep": 64, "text_tower": str(zoo.CLIP_DIR)}}
+OPTIONS = {"visiontrim": {"method": "visiontrim:variant=lean", "keep": 64, "text_tower": str(zoo.CLIP_DIR)}}
 
 
 @pytest.fixture(scope="module")

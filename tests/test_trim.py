@@ -384,3 +384,32 @@ def test_one_number_has_one_unit():
     assert scaled(885_000, "B", 7_180_000) == "0.885 MB"
     assert scaled(7_180_000, "B", 7_180_000) == "7.18 MB"
     assert scaled(5e16, "FLOP") == "5e+04 TFLOP"
+
+
+def test_a_tower_reads_a_question_once_over_all_runs():
+    reader, model = tower(), llava()
+    read = []
+    reader.model.text_model.register_forward_hook(lambda *_: read.append(1))
+    inputs = prompts((3, "image", 5))
+
+    def asked(question):
+        with vt.trim(model, vt.VisionTrim(keep=6), question=question, text_tower=reader) as run:
+            model(**inputs)
+        return torch.tensor(kept(run))
+
+    with torch.inference_mode():
+        first = asked("a b")
+    assert torch.equal(asked("a b"), first)
+    assert len(read) == 1
+    asked("b c")
+    asked("a b")
+    assert len(read) == 2
+    with torch.no_grad():  # other weights read something else
+        reader.model.text_projection.weight.neg_()
+    text = reader.encode(["a b"])
+    assert len(read) == 3
+    assert torch.equal(text.tokens, vt.TextTower(reader.model, reader.tokenizer).encode(["a b"]).tokens)
+    reader.forget()
+    asked("a b")
+    assert len(read) == 5
+    assert not text.tokens.is_inference()

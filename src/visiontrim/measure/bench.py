@@ -97,7 +97,7 @@ def bench(
     done = 0
     for turn in range(load.warmup + load.rounds):
         for way in (*ways[turn % len(ways) :], *ways[: turn % len(ways)]):
-            seconds, output = _timed(model, way, options, timer)
+            seconds, output = _timed(model, way, subject.text_tower, options, timer)
             kept[way.name] = cache_bytes(given_cache(output))
             done += 1
             if progress is not None:
@@ -113,9 +113,11 @@ def bench(
 
 
 def _timed(
-    model: Any, way: Way, options: Mapping[str, Any], timer: Callable[[], float]
+    model: Any, way: Way, tower: TextTower | None, options: Mapping[str, Any], timer: Callable[[], float]
 ) -> tuple[dict[str, float], Any]:
-    """Seconds by :data:`TIMERS` of one call, with the opening of its run, and its output."""
+    """Seconds by :data:`TIMERS` of one call, with the opening of its run, and its output. ``tower`` reads anew."""
+    if tower is not None:
+        tower.forget()
     clock = Clock(model, timer)
     began, cpu = timer(), time.process_time()
     with torch.inference_mode(), way.open_on(model, clock):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,8 @@ from visiontrim.models.family import Family
 Reader = ProcessorMixin | PreTrainedTokenizerBase
 """What reads a question: a tokenizer, or a processor with one."""
 
+READINGS = 64
+"""Lists of questions that a tower remembers what it read of."""
 MAX_WINDOWS = 16
 """Longest question, in windows of the text tower; the cost of guidance grows with every text token."""
 
@@ -45,6 +48,8 @@ class Guidance(ABC):
 class TextTower(Guidance):
     """The text half of a CLIP model and the two projections into its joint space.
 
+    The last questions are remembered with what was read of them, over all runs, as long as the weights stay as they are.
+
     Args:
         model: the CLIP model that the vision encoder of the VLM was taken from. Only its text tower and projections
             are used, in the model's own dtype and on its own device.
@@ -62,6 +67,8 @@ class TextTower(Guidance):
         self.model = model
         self.tokenizer = tokenizer
         self.context: int = model.text_model.config.max_position_embeddings
+        self._readings: OrderedDict[tuple[str, ...], Text] = OrderedDict()
+        self._read_with: object = None
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs) -> TextTower:
@@ -86,12 +93,39 @@ class TextTower(Guidance):
                 f"{family.vision_width}: use the CLIP checkpoint that the encoder was taken from"
             )
 
-    @torch.no_grad()
     def encode(self, questions: Sequence[str]) -> Text:
         """See :meth:`Guidance.encode`. A question longer than the tower's context is encoded in windows, none is cut.
 
-        Every token of a window counts, the special ones included, as in the released code of VisionTrim.
+        Every token of a window counts, the special ones included, as in the released code of VisionTrim. Questions are
+        remembered together, as they were asked: in another company they are rounded otherwise.
         """
+        state, key = self._state(), tuple(questions)
+        if state is None or state != self._read_with:
+            self.forget()
+            self._read_with = state
+        text = self._readings.get(key)
+        if text is None:
+            text = self._readings[key] = self._encode(questions)
+            if len(self._readings) > READINGS:
+                self._readings.popitem(last=False)
+        self._readings.move_to_end(key)
+        return text
+
+    def forget(self) -> None:
+        """Read every question anew from now on."""
+        self._readings.clear()
+
+    def _state(self) -> object:
+        """What changes with the weights, wherever they are; None where nothing tells."""
+        weights = list(self.model.parameters())
+        if any(weight.is_inference() for weight in weights):  # count no changes
+            return None
+        half = torch.is_autocast_enabled(weights[0].device.type)
+        return (half, *((weight.data_ptr(), weight._version) for weight in weights))
+
+    @torch.inference_mode(False)  # what is remembered serves runs in any mode
+    @torch.no_grad()
+    def _encode(self, questions: Sequence[str]) -> Text:
         rows = [self._windows(question) for question in questions]
         windows = [torch.tensor(window) for row in rows for window in row]
         weight = self.model.text_projection.weight

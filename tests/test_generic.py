@@ -62,7 +62,7 @@ def test_the_docs_say_what_becomes_of_every_type():
 
 @pytest.mark.parametrize("name", [name for names in model_types.reasons().values() for name in names])
 def test_what_cannot_run_says_why(name):
-    if name in model_types.classes():  # older releases know fewer
+    if Version(transformers.__version__) >= Version("5.24"):  # older releases know fewer, and configure them otherwise
         assert model_types.says_why(name)
 
 

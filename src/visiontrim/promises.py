@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
-from visiontrim.engine.upstream import cache_name, given_cache
+from visiontrim.engine.upstream import SHARED, cache_name, given_cache
 from visiontrim.models.family import family_of
 from visiontrim.run import Run, trim
 
@@ -257,8 +257,8 @@ class Masked(AbstractContextManager):
 
         def hook(module, args, kwargs):
             hidden, cache = args[0], given_cache(kwargs)
-            batch, queries = hidden.shape[:2]
-            past = 0 if cache is None else cache.get_seq_length(index)
+            batch, queries = hidden.shape[-3:-1]  # Gemma 3n has several predictions of them before
+            past = 0 if cache is None else _before(cache, index, queries)
             keys = past + queries
             seen = visible.repeat_interleave(batch // visible.shape[0], 0)[:, :keys]
             seen = pad(seen, (0, keys - seen.shape[1]), value=True)
@@ -274,6 +274,13 @@ class Masked(AbstractContextManager):
             return args, kwargs | {"attention_mask": bias.masked_fill(~allowed, torch.finfo(hidden.dtype).min)}
 
         return hook
+
+
+def _before(cache: Any, layer: int, queries: int) -> int:
+    """Tokens cached before the forward that is at decoder layer ``layer`` with ``queries`` tokens."""
+    if layer < len(cache.layers) and isinstance(cache.layers[layer], SHARED):  # an earlier one has cached them already
+        return cache.get_seq_length() - queries
+    return cache.get_seq_length(layer)
 
 
 class _Entering(AbstractContextManager):

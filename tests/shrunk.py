@@ -162,8 +162,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "step3p7": {"text_config": {"sliding_window": 100}, "vision_config": {"image_size": 224}},
     "minicpm_ocr": _MINICPM,
-    "minicpmv4_6": _MINICPM,
-    "minicpmv4_7": _MINICPM,
+    "minicpmv4_6": {"": {"image_token_id": IMAGE, "insert_layer_id": 1}},
+    "minicpmv4_7": {"": {"image_token_id": IMAGE, "insert_layer_id": 1}},
     "pp_chart2table": {"vision_config": {"image_size": 256, "patch_size": 16}},
     "shieldgemma2": {"": {"mm_tokens_per_image": 4}},
 }
@@ -197,16 +197,16 @@ def _cut(values: list, wanted: int) -> list:
     return values[: wanted - len(later)] + [named[value] for value in later] if len(later) < wanted else values[:wanted]
 
 
-def configuration(name: str) -> Any:
-    """The type's default one, cut down."""
+def configuration(name: str, changes: dict[str, Any] | None = None) -> Any:
+    """The type's default one, cut down, with its ``CHANGES`` or others."""
     default = hf.AutoConfig.for_model(name)
-    return type(default)(**shrunk(default, CHANGES.get(name, {})))
+    return type(default)(**shrunk(default, CHANGES.get(name, {}) if changes is None else changes))
 
 
-def built(name: str) -> Any:
+def built(name: str, changes: dict[str, Any] | None = None) -> Any:
     """The model, with random weights large enough that attention is not flat."""
     torch.manual_seed(0)
-    model = hf.AutoModelForImageTextToText.from_config(configuration(name)).eval()
+    model = hf.AutoModelForImageTextToText.from_config(configuration(name, changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

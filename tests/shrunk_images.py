@@ -95,8 +95,8 @@ def pixels_of(model: Any, number: int) -> dict[str, Tensor]:
     given = {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
     if "target_sizes" in names:  # patches in one row
         rows, columns = (4, 4) if number % 2 else (4, 8)
-        if model.config.model_type != "minicpm_ocr":  # what is encoded with an image of another size changes it
-            rows = columns = 8
+        if model.config.model_type != "minicpm_ocr":  # these merge four patches within the encoder
+            rows, columns = (8, 8) if number % 2 else (4, 16)
         given = {"pixel_values": torch.randn(1, 3, patch, rows * columns * patch, generator=generator)}
         given["target_sizes"] = torch.tensor([[rows, columns]])
     if "high_res_pixel_values" in names:

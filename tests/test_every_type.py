@@ -10,7 +10,7 @@ import torch
 import visiontrim as vt
 from model_types import RUN_SHRUNK
 from releases import CACHE, cache_of
-from shrunk import END, LAYERS, START, VIDEO, built, difference, hidden_of, prompts, together
+from shrunk import CHANGES, END, LAYERS, START, VIDEO, built, difference, hidden_of, prompts, together
 from tiny import Masked, close, generate
 from visiontrim.models import family_of
 
@@ -116,3 +116,21 @@ def difference_of_kinds(model, batch, ours, trace) -> float:
     with Masked(model, batch["attention_mask"], dict(sorted(hidden.items()))):
         reference = generate(model, batch, max_new_tokens=len(ours.logits))
     return float((torch.stack(ours.logits) - torch.stack(reference.logits)).abs().max())
+
+
+def test_small_gemma_4_takes_the_last_token_alone_through_layers_that_share():
+    """As E2B and E4B do: these layers use keys and values of earlier ones, and every layer has inputs of its own."""
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    shares = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "layer_types": kinds}
+    model = built("gemma4", CHANGES["gemma4"] | {"text_config": shares})
+    batch = together(model, prompts(model))
+    plain = generate(model, batch, max_new_tokens=3)
+    with vt.trim(model, VISION) as run:
+        ours = generate(model, batch, max_new_tokens=3)
+        single = model(**batch, logits_to_keep=2).logits
+    assert difference(model, family_of(model), batch, ours, run.trace) < 2e-5
+    assert (ours.logits[0] - plain.logits[0]).abs().max() > 0.01
+    close(single[:, -1], ours.logits[0], 2e-5)
+    with vt.trim(model, vt.Random(keep=1.0)):
+        whole = generate(model, batch, max_new_tokens=3)
+    assert all(a.equal(b) for a, b in zip(whole.logits, plain.logits, strict=True))

@@ -11,6 +11,7 @@ import visiontrim as vt
 from model_types import RUN_SHRUNK
 from releases import CACHE, cache_of
 from shrunk import CHANGES, END, LAYERS, START, VIDEO, built, difference, hidden_of, prompts, together
+from shrunk_images import of_row, pixels_of
 from tiny import Masked, close, generate
 from visiontrim.models import family_of
 
@@ -134,3 +135,31 @@ def test_small_gemma_4_takes_the_last_token_alone_through_layers_that_share():
     with vt.trim(model, vt.Random(keep=1.0)):
         whole = generate(model, batch, max_new_tokens=3)
     assert all(a.equal(b) for a, b in zip(whole.logits, plain.logits, strict=True))
+
+
+def test_tokens_behind_the_rows_of_molmo_2_go_with_their_grid():
+    """They are text, but attend as image tokens do, and mean nothing once the grid is gone."""
+    model, column = built("molmo2"), 9
+    given = [pixels_of(model, number) for number in (0, 1)]
+    grid = [START, *[3, 3, column] * 2, END]
+    ids = torch.tensor([[1, 20, *grid, 21, *grid, *grid, 22, 23]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= {key: of_row(key, given) for key in given[0]}
+    inputs["mm_token_type_ids"] = torch.isin(ids, torch.tensor([3, column])).long()
+    plain = generate(model, inputs, max_new_tokens=2)
+    with vt.trim(model, vt.Random(keep=1.0)) as run:
+        whole = generate(model, inputs, max_new_tokens=2)
+    assert all(a.equal(b) for a, b in zip(whole.logits, plain.logits, strict=True))
+    assert [image.per_layer[0] for image in run.trace.images] == [6, 6, 6]
+    with vt.trim(model, VISION) as run:
+        ours = generate(model, inputs, max_new_tokens=2)
+    assert [image.per_layer[0] for image in run.trace.images] == [2, 2, 2]
+    hidden = ids == column
+    for image, block in zip(run.trace.images, (ids[0] == 3).nonzero()[:, 0].split(4), strict=True):
+        gone = torch.ones(4, dtype=torch.bool)
+        gone[image.stages[0].index] = False
+        hidden[0, block[gone]] = True
+    with Masked(model, inputs["attention_mask"], {0: hidden}):
+        reference = generate(model, inputs, max_new_tokens=2)
+    for a, b in zip(ours.logits, reference.logits, strict=True):
+        close(a, b, 2e-5)

@@ -16,14 +16,16 @@ from visiontrim.models.layout import Visual
 class Molmo2(Family):
     """All image tokens of a prompt attend to each other. Features are added to the placeholders' embeddings.
 
-    A token is the mean of patches that ``image_token_pooling`` lists, weighted by attention. Placeholders of videos
-    have the id of those of images: videos are refused.
+    The processor writes a token of the text's behind every row. A token is the mean of the patches that
+    ``image_token_pooling`` lists, weighted by attention. Placeholders of videos have the id of those of images: videos
+    are refused.
     """
 
     model_types = ("molmo2",)
     checkpoints = "Molmo 2; videos are refused"
     scores = "attention received, mean over the patches of a token"
     bidirectional = True
+    row_ends = True
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_tower

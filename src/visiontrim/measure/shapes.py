@@ -62,7 +62,9 @@ class Shape:
             raise TrimError(
                 f"{name} is a {config.model_type}, which has no vision encoder: give a vision-language model"
             )
-        size = getattr(vision, "image_size", 448)  # encoders of any size have none
+        size = getattr(vision, "image_size", None)
+        if size is None or hasattr(vision, "insert_layer_id"):  # any size; MiniCPM-V's is that of its first training
+            size = 480 if hasattr(vision, "pooling_kernel_size") else 448
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return cls(name, name, config, Picture(height, width))
 

@@ -237,6 +237,10 @@ class Family(ABC):
             noise["image_sizes"] = torch.tensor([sides])
         return noise
 
+    def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """What pictures, or rows of a batch, have under a name of :meth:`noise`, for one call."""
+        return torch.cat(list(parts))
+
     def along(self, input_ids: Int[Tensor, "batch tokens"], kind: Kind) -> dict[str, Tensor]:
         """What the processor gives beside ``input_ids`` of a prompt with pictures of one kind, as long as they are."""
         if not self.mrope:

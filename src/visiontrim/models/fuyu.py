@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from visiontrim.models.family import Arguments, Family, Kind, register_family
+import torch
+from torch import Tensor
+
+from visiontrim.core.errors import TrimError
+from visiontrim.models.family import Arguments, Family, Kind, Picture, register_family
 from visiontrim.models.layout import Visual
 
 
@@ -19,6 +23,16 @@ class Fuyu(Family):
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_embed_tokens
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        side = self.model.config.patch_size
+        if picture.frames or picture.height % side or picture.width % side:
+            raise TrimError(
+                f"Fuyu sees images in squares of {side} x {side} pixels and no videos, into which {picture.height} x "
+                f"{picture.width} x {picture.frames} cannot be cut: give multiples"
+            )
+        patches = picture.height // side * (picture.width // side)
+        return {"pixel_values": torch.randn(1, patches, 3 * side**2)}
 
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
         _, patches, _ = arguments["pixels"].shape

@@ -61,6 +61,9 @@ class MiniCPMV(Family):
         ]
         return torch.cat(images).view(-1, *values.shape[1:])
 
+    def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), -1 if name == "pixel_values" else 0)
+
     def noise(self, picture: Picture) -> dict[str, Tensor]:
         patch = self.model.config.vision_config.patch_size
         unit = patch * 2 * self.factor

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from visiontrim.models.family import Arguments, Family, Kind, register_family
+from visiontrim.models.family import Arguments, Family, Kind, Picture, register_family
 from visiontrim.models.layout import Visual
 
 
@@ -37,6 +40,26 @@ class Molmo2(Family):
         """The last layer that the adapter reads."""
         layers = len(self.attentions(kind))
         return max(layer % layers for layer in self.model.config.adapter_config.vision_feature_layer)
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        """A view of the whole alone, which is one of the sizes that there are."""
+        vision = self.model.config.vision_config
+        _, _, height, width = super().noise(picture)["pixel_values"].shape
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+        units = F.pad(torch.arange(rows * columns).view(rows, columns), (0, columns % 2, 0, rows % 2), value=-1)
+        units = units.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2)
+        pixels = torch.randn(1, rows * columns, 3 * vision.patch_size**2)
+        grid = torch.tensor([[*units.shape[:2], 0, 0]])
+        return {"pixel_values": pixels, "image_token_pooling": units.reshape(-1, 4), "image_grids": grid}
+
+    def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """Patches are counted over all pictures of a call."""
+        if name != "image_token_pooling":
+            return super().joined(name, parts)
+        starts = accumulate((int(part.max()) + 1 for part in parts), initial=0)
+        return torch.cat(
+            [torch.where(part < 0, part, part + start) for part, start in zip(parts, starts, strict=False)]
+        )
 
     def along(self, input_ids: Tensor, kind: Kind) -> dict[str, Tensor]:
         return {"mm_token_type_ids": self.placeholders(input_ids).long()}

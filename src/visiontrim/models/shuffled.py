@@ -136,6 +136,10 @@ class GraniteDocling(_Square):
     def attentions(self, kind: Kind) -> Sequence[Any]:
         return [layer.self_attn for layer in self.encoder(kind).encoder.layers]
 
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        pixels = super().noise(picture)["pixel_values"][None]
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
+
     def _merged(self, arguments: Arguments) -> int:
         return self.factor if arguments.get("tile_fine_mask") is None else self.factor // 2
 
@@ -154,6 +158,9 @@ class Idefics2(Family):
 
     model_types = ("idefics2",)
     checkpoints = "Idefics2"
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        return {key: value[None] for key, value in super().noise(picture).items()}
 
     def encoder(self, kind: Kind) -> Any:
         return self.core.vision_model

@@ -63,7 +63,7 @@ class Shape:
                 f"{name} is a {config.model_type}, which has no vision encoder: give a vision-language model"
             )
         size = getattr(vision, "image_size", None)
-        if size is None or hasattr(vision, "insert_layer_id"):  # any size; MiniCPM-V's is that of its first training
+        if size is None or hasattr(vision, "insert_layer_id"):  # any size, whatever MiniCPM-V's says
             size = 480 if hasattr(vision, "pooling_kernel_size") else 448
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return cls(name, name, config, Picture(height, width))

@@ -29,6 +29,7 @@ ENVIRONMENTS = {
     "5.23": (["transformers==5.23.0"], FAMILIES),
     "newest": (["transformers>=5.16.1,<6"], FAMILIES),
     "optional": ([*OPTIONAL, "transformers>=5.16.1,<6"], ["tests/optional"]),
+    "timm": (["timm==1.0.31", "torchvision==0.28.0", "transformers>=5.16.1,<6"], ["tests/timm"]),
     "lmms-eval": ([], ["tests/lmms"]),
     "ray": (["ray[data]==2.60.0"], ["tests/ray"]),
     "demo": (["gradio>=6,<7", "playwright"], ["tests/demo"]),  # Chromium must be there
@@ -62,7 +63,7 @@ def run(name: str) -> bool:
     shown = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
     versions = dict(
         re.findall(
-            r"^(transformers|torch|accelerate|bitsandbytes|gradio|lmms_eval|peft|ray|torchao) +(\S+)",
+            r"^(transformers|torch|accelerate|bitsandbytes|gradio|lmms_eval|peft|ray|timm|torchao) +(\S+)",
             shown,
             re.MULTILINE,
         )

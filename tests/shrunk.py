@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fed import entering, following
+from shrunk_images import of_batch, of_row, pixels_of
 from tiny import Masked, generate
+from visiontrim.models import family_of
 
 IMAGE, VIDEO, START, END, LAYERS = 3, 4, 5, 6, 5
 SIZES = {
@@ -47,6 +49,9 @@ _AUDIO = {"encoder_attention_heads": 4, "n_window": 10, "output_dim": 64, "max_s
 _MARKS = {"vision_start_token_id": START, "vision_end_token_id": END}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 _MINICPM: dict[str, dict[str, Any]] = {"": {"image_token_id": IMAGE}}
+_SAM = {"image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1], "output_channels": 64}
+_QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4}
+_KINDS = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma4": {
         "vision_config": {
@@ -60,7 +65,33 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_omni_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
     "qwen3_omni_moe_thinker": {"audio_config": _AUDIO, "text_config": {"rope_parameters": _MROPE}, "": _MARKS},
+    "apertus1p5": {
+        "": {"image_token_offset": 20, "audio_token_offset": 84},
+        "text_config": {"num_key_value_heads": 2},
+        "vision_config": {"codebook_size": 64, "embed_dim": 16, "latent_channels": 16, "base_channels": 32}
+        | {"channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 16},
+        "audio_config": {"hidden_size": 16, "codebook_dim": 16, "codebook_size": 16},
+    },
     "aria": {"": {"projector_patch_to_query_dict": {16: 4}}},
+    "chameleon": {
+        "": {
+            "image_token_id": IMAGE,
+            "vocabulary_map": {"<image>": IMAGE} | {f"IMGIMG{chr(65 + n)}Z": 100 + n for n in range(10)},
+        },
+        "vq_config": {"num_embeddings": 10, "embed_dim": 16, "latent_channels": 16, "resolution": 32}
+        | {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
+    },
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": _MROPE}, "num_key_value_heads": 2},
+        "vision_config": {"deepstack_visual_indexes": [1, 2]},
+    },
+    "cosmos3_edge": {"text_config": {"rope_parameters": _MROPE}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1), "num_key_value_heads": 2}
+        | {"n_shared_experts": 1, "num_experts_per_tok": 2},
+        "sam_config": {**_SAM, "downsample_channels": [32, 64], "mlp_dim": 64},
+        "encoder_config": {"vocab_size": 10},
+    },
     "deepseek_vl_hybrid": {
         "high_res_vision_config": {
             "image_size": 64,
@@ -69,6 +100,22 @@ CHANGES: dict[str, dict[str, Any]] = {
             "output_channels": 64,
         }
     },
+    "diffusion_gemma": {"text_config": {"moe_intermediate_size": 64, "top_k_experts": 2, "num_experts": 4}},
+    "emu3": {
+        "": {
+            "image_token_id": IMAGE,
+            "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 7}
+            | {f"<|visual token {n:06d}|>": 100 + n for n in range(10)},
+        },
+        "vq_config": {"codebook_size": 10, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+        | {"attn_resolutions": [], "num_attention_heads": 1, "hidden_size": 32},
+    },
+    "ernie4_5_vl_moe": {
+        "": {"image_start_token_id": START, "image_end_token_id": END, "video_start_token_id": 7}
+        | {"video_end_token_id": 8},
+        "text_config": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [64, 32]}
+        | {"moe_num_shared_experts": 1, "rope_parameters": _MROPE | {"mrope_section": [3, 3, 2]}},
+    },
     "gemma4_unified": {
         "vision_config": {"model_type": "gemma4_unified_vision", "mm_embed_dim": 64, "mm_posemb_size": 50}
         | {"output_proj_dims": 64},
@@ -76,14 +123,47 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "glmga": {"text_config": {"rope_parameters": _MROPE}},
     "got_ocr2": {"vision_config": {"image_size": 256, "patch_size": 16}},
+    "granite_docling": {
+        "vision_config": {"image_size": 56, "patch_size": 7, "deepstack_visual_indexes": [0, 1]},
+        "text_config": {"num_key_value_heads": 2, "embedding_multiplier": 1.0, "attention_multiplier": 0.25}
+        | {"residual_multiplier": 1.0, "logits_scaling": 1.0},
+    },
+    "granite4_vision": {
+        "": {
+            "image_grid_pinpoints": [[56, 112], [112, 56]],
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[0, 0], [1, 1]],
+            "spatial_target_layers": [1, 2, 2, 3],
+        },
+    },
+    "hunyuan_vl": {
+        "text_config": {"rope_parameters": _MROPE | {"mrope_section": [2, 2, 2, 2]}, "head_dim": 16}
+        | {"num_key_value_heads": 2},
+    },
+    "idefics2": {
+        "perceiver_config": {"resampler_n_latents": 6, "resampler_depth": 1, "resampler_n_heads": 4}
+        | {"resampler_head_dim": 16, "num_key_value_heads": 2},
+    },
     "kimi_k25": {"": {"projection_hidden_size": 64}, "text_config": {"head_dim": 8, "num_key_value_heads": 4}},
+    "molmo2": {
+        "": {"image_patch_id": IMAGE},
+        "adapter_config": {"vision_feature_layer": [2, 1], "num_key_value_heads": 4},
+        "vision_config": {"image_size": [56, 56], "num_position_embeddings": 16, "num_key_value_heads": 4},
+    },
     "muse_glimmer": {"": {"out_hidden_size": 256}},
     "muse_spark": {"": {"out_hidden_size": 256}},
     "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen3_omni_moe": {
+        "text_config": {"shared_expert_intermediate_size": 64},
+        "talker_config": {"spatial_merge_size": 2},
+    },
+    "qwen4_exp": {
+        "text_config": {"rope_parameters": _MROPE | {"mrope_interleaved": True}, "indexer_compress_ratio": 2, **_QSA},
+    },
     "step3p7": {"text_config": {"sliding_window": 100}, "vision_config": {"image_size": 224}},
     "minicpm_ocr": _MINICPM,
-    "minicpmv4_6": _MINICPM,
-    "minicpmv4_7": _MINICPM,
+    "minicpmv4_6": {"": {"image_token_id": IMAGE, "insert_layer_id": 1}},
+    "minicpmv4_7": {"": {"image_token_id": IMAGE, "insert_layer_id": 1}},
     "pp_chart2table": {"vision_config": {"image_size": 256, "patch_size": 16}},
     "shieldgemma2": {"": {"mm_tokens_per_image": 4}},
 }
@@ -117,12 +197,16 @@ def _cut(values: list, wanted: int) -> list:
     return values[: wanted - len(later)] + [named[value] for value in later] if len(later) < wanted else values[:wanted]
 
 
-def built(name: str) -> Any:
-    """The model, with random weights large enough that attention is not flat."""
+def configuration(name: str, changes: dict[str, Any] | None = None) -> Any:
+    """The type's default one, cut down, with its ``CHANGES`` or others."""
     default = hf.AutoConfig.for_model(name)
-    config = type(default)(**shrunk(default, CHANGES.get(name, {})))
+    return type(default)(**shrunk(default, CHANGES.get(name, {}) if changes is None else changes))
+
+
+def built(name: str, changes: dict[str, Any] | None = None) -> Any:
+    """The model, with random weights large enough that attention is not flat."""
     torch.manual_seed(0)
-    model = hf.AutoModelForImageTextToText.from_config(config).eval()
+    model = hf.AutoModelForImageTextToText.from_config(configuration(name, changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -132,49 +216,6 @@ def built(name: str) -> Any:
     model.generation_config.pad_token_id, model.generation_config.bos_token_id = 0, 1
     model.generation_config.eos_token_id = None
     return model
-
-
-def pixels_of(model: Any, number: int) -> dict[str, Tensor]:
-    """An image as the processor would give it: where any size goes, a square one and a long one by turns."""
-    names = signature(model.model.get_image_features).parameters
-    vision, generator = model.config.vision_config, torch.Generator().manual_seed(number)
-    patch = getattr(vision, "patch_size", 14)
-    patch = patch if isinstance(patch, int) else patch[0]
-    if "image_grid_thw" in names:
-        rows, columns = (4, 4) if number % 2 else (2, 16)
-        values = 3 * getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1)) * patch**2
-        square = model.config.model_type in ("kimi_k25", "paddleocr_vl")
-        shape = (rows * columns, *((3, patch, patch) if square else (values,)))
-        given = {"image_grid_thw": torch.tensor([[1, rows, columns]])}
-        if "image_merge_sizes" in names:
-            given["image_merge_sizes"] = torch.tensor([2])
-        return {"pixel_values": torch.randn(shape, generator=generator)} | given
-    if "image_position_ids" in names:  # patches of 4 x 3 or 2 x 6 units in a padded row
-        factor = getattr(vision, "pooling_kernel_size", 1) if hasattr(vision, "hidden_size") else 1
-        rows, columns = (2 * factor, 3 * factor) if number % 2 else (factor, 4 * factor)
-        places = torch.full((6 * factor**2 + factor**2, 2), -1)
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
-        places[: len(grid)] = grid
-        side = getattr(vision, "model_patch_size", patch)
-        values = 0.3 * torch.rand(1, len(places), 3 * side**2, generator=generator)
-        return {"pixel_values": values, "image_position_ids": places[None]}
-    side = getattr(vision, "image_size", 56)
-    side = side if isinstance(side, int) else side[0]
-    given = {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
-    if "target_sizes" in names:  # patches in one row
-        rows, columns = (4, 4) if number % 2 else (4, 8)
-        if model.config.model_type != "minicpm_ocr":  # what is encoded with an image of another size changes it
-            rows = columns = 8
-        given = {"pixel_values": torch.randn(1, 3, patch, rows * columns * patch, generator=generator)}
-        given["target_sizes"] = torch.tensor([[rows, columns]])
-    if "high_res_pixel_values" in names:
-        given["high_res_pixel_values"] = torch.randn(1, 3, 64, 64, generator=generator)
-    return given
-
-
-def _axis(key: str, given: dict[str, Tensor]) -> int:
-    """Along which images of one call stand one after the other."""
-    return -1 if key == "pixel_values" and "target_sizes" in given else 0
 
 
 def prompts(model: Any) -> list[dict[str, Tensor]]:
@@ -187,12 +228,12 @@ def prompts(model: Any) -> list[dict[str, Tensor]]:
             given.append(pixels_of(model, number))
             number += 1
             with torch.no_grad():
-                features = model.model.get_image_features(**given[-1]).pooler_output
+                features = getattr(model.model.get_image_features(**given[-1]), family_of(model).features)
             parts = [features] if isinstance(features, Tensor) else list(features)
             count = sum(part.shape[:-1].numel() for part in parts)
             ids += [START, *[token] * count, END, 30 + number]
         row = {"input_ids": torch.tensor([[*ids, 40, 41]])}
-        row |= {key: torch.cat([one[key] for one in given], _axis(key, given[0])) for key in given[0]}
+        row |= {key: of_row(key, given) for key in given[0]}
         rows.append(row)
     return rows
 
@@ -202,10 +243,19 @@ def together(model: Any, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     width = max(row["input_ids"].shape[1] for row in rows)
     ids = torch.cat([pad(row["input_ids"], (width - row["input_ids"].shape[1], 0)) for row in rows])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
-    batch |= {key: torch.cat([row[key] for row in rows], _axis(key, rows[0])) for key in rows[0] if key != "input_ids"}
+    batch |= {key: of_batch(key, rows) for key in rows[0] if key != "input_ids"}
     named = signature(type(model).forward).parameters
-    kinds = (ids == getattr(model.config, "image_token_id", IMAGE)).long()
-    return batch | {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in named}
+    kinds = (ids == getattr(model.config, "image_token_id", IMAGE)).long() + 2 * (ids == VIDEO).long()
+    batch |= {name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in named}
+    ends = torch.isin(ids, torch.tensor([START, END]))
+    return batch | {name: (kinds > 0) | ends for name in ("moe_mm_token_type_ids",) if name in named}
+
+
+def _spread(image: Any) -> tuple[Tensor, Tensor]:
+    """HunYuan's grid among its placeholders: one before it, one behind each of its rows, one behind it all."""
+    _, rows, columns = image.grid
+    places = 1 + torch.arange(rows * (columns + 1)).view(rows, -1)
+    return places[:, :-1].flatten(), places[:, -1]
 
 
 def hidden_of(model: Any, family: Any, ids: Tensor, trace: Any) -> dict[int, Tensor]:
@@ -214,13 +264,16 @@ def hidden_of(model: Any, family: Any, ids: Tensor, trace: Any) -> dict[int, Ten
     places = [row.nonzero()[:, 0] for row in family.placeholders(ids)]
     taken = [0] * len(ids)
     for image in trace.images:
-        block = places[image.sample][taken[image.sample] :][: image.total]
-        taken[image.sample] += image.total
+        block = places[image.sample][taken[image.sample] :][: image.total + image.marks]
+        taken[image.sample] += image.total + image.marks
+        tokens, rows = _spread(image) if image.marks else (torch.arange(image.total), torch.arange(0))
         for stage in image.stages:
             layer = getattr(stage.site, "index", 0)
             gone = torch.ones(image.total, dtype=torch.bool)
             gone[stage.index] = False
-            hidden.setdefault(layer, torch.zeros_like(ids, dtype=torch.bool))[image.sample, block[gone]] = True
+            of_row = hidden.setdefault(layer, torch.zeros_like(ids, dtype=torch.bool))[image.sample]
+            of_row[block[tokens[gone]]] = True
+            of_row[block[rows]] |= bool(gone.any())
     return dict(sorted(hidden.items()))
 
 

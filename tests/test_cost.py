@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import visiontrim as vt
 from families import CONFIGS
 from releases import cache_of
+from shrunk import CHANGES, configuration
 from visiontrim import zoo
 from visiontrim.cli import app
 from visiontrim.engine.cache import cache_bytes
@@ -23,6 +24,8 @@ from visiontrim.models.family import Picture, family_of
 
 NONE = vt.load_method("none")
 BILLIONS = {
+    "gemma-4-31b": 31.27,
+    "gemma-4-e4b": 7.63,
     "internvl3-2b": 2.09,
     "internvl3-8b": 7.94,
     "internvl3.5-8b": 8.53,
@@ -30,6 +33,7 @@ BILLIONS = {
     "llava-1.5-13b": 13.35,
     "llava-next-7b": 7.06,
     "llava-onevision-7b": 8.03,
+    "minicpm-v-4.6": 1.3,
     "qwen2.5-vl-3b": 3.75,
     "qwen2.5-vl-7b": 8.29,
     "qwen3-vl-8b": 8.77,
@@ -40,7 +44,7 @@ BILLIONS = {
     "smolvlm2-2.2b": 2.25,
     "video-llava-7b": 7.37,
 }
-"""Parameters that the checkpoints have, as the hub shows them."""
+"""Parameters that the checkpoints have, as the hub shows them; those of Gemma 4 E4B without its sound encoder."""
 
 
 def counted(model, inputs: dict, answer: int) -> tuple[int, int]:
@@ -124,6 +128,25 @@ def test_the_formula_is_what_torch_counts_in_other_families(name, picture):
         flops, cached = counted(model, inputs, 2)
     assert cost.flops == flops
     assert cost.kv_answer == cached
+
+
+@pytest.mark.parametrize("shares", [{}, {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}])
+def test_layers_of_gemma_4_differ_in_heads_and_some_share(shares):
+    """Whole attention has wider heads, and layers that share are passed by the last token of the prompt alone."""
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    wide = {"layer_types": kinds, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    config = configuration("gemma4", CHANGES["gemma4"] | {"text_config": wide | shares})
+    shape = Shape("gemma4", "gemma4", config, Picture(96, 144))
+    model = shape.build("cpu", torch.float32, "sdpa")
+    model.generation_config.eos_token_id = None
+    inputs = noise_prompt(family_of(model), shape.picture, 8, 1)
+    (cost,) = costs(shape, [vt.load_method("uniform:keep=0.5")], text=8, answer=3)
+    with vt.trim(model, "uniform:keep=0.5"):
+        flops, cached = counted(model, inputs, 3)
+    averaging = 2 * 54 * 6 * 64  # of 54 patches to 6 tokens of width 64, by a product with a matrix that is no weight
+    assert cost.flops == flops - averaging
+    assert cost.kv_answer == cached
+    assert cost.kv_vision * (8 + 3) == cost.kv_prompt * 3
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
         model(**inputs)
     axes = torch.zeros(3, 1, 3, 16)
     rotary = SimpleNamespace(inv_freq=torch.ones(8), forward=lambda like, position_ids: (axes, axes))
-    language = SimpleNamespace(language_model=SimpleNamespace(rotary_emb=rotary), mrope=True)
+    language = SimpleNamespace(language_model=SimpleNamespace(rotary_emb=rotary), mrope=True, axes=3)
     with pytest.raises(vt.TrimError, match="leaves the 3 axes of a position to the decoder layers"):
         Members(cast(Any, language), cast(Any, None))
 

@@ -304,7 +304,7 @@ def _promises(family: Family, shape: Shape, name: str) -> Iterator[Result]:
     recurrent = not all("attention" in kind and "linear" not in kind for kind in Upstream(family.language_model).kinds)
     padding, words = model.generation_config.pad_token_id, model.get_input_embeddings().weight.shape[0]
     known = isinstance(padding, int) and 0 <= padding < words  # of a default for another vocabulary, which is not
-    together = promises.left_padded(rows, padding if known else 0)
+    together = promises.left_padded(rows, padding if known else 0, family.joined)
     half: Method = Random(keep=0.5) | Random(keep=0.5, layer=1) if between else Random(keep=0.5)
     whole: list[Method] = [Random(keep=1.0)]
     if between:

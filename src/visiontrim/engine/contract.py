@@ -181,11 +181,11 @@ def check_cached(prefill: Prefill, output: Any, expected: Sequence[int]) -> None
             raise broken(f"{expected[layer]} tokens in layer {layer} of the cache after this prefill", f"{length}")
 
 
-def check_encoded(output: Any, function: str) -> Any:
-    """What ``function`` gave as vision tokens, of its ``output``."""
-    features = getattr(output, "pooler_output", None)
+def check_encoded(output: Any, function: str, field: str) -> Any:
+    """What ``function`` gave as vision tokens, in a ``field`` of its ``output``."""
+    features = getattr(output, field, None)
     if features is None:
-        raise broken(f"{function} to give vision tokens as pooler_output", f"one with {', '.join(_fields(output))}")
+        raise broken(f"{function} to give vision tokens as {field}", f"one with {', '.join(_fields(output))}")
     return features
 
 

@@ -135,7 +135,7 @@ class Entrance:
                 self._context.end()
                 while removers:
                     removers.pop().remove()
-        features = _joined(check_encoded(output, encode))
+        features = _joined(check_encoded(output, encode, family.features))
         deepstack = [_joined(part) for part in getattr(output, "deepstack_features", None) or ()]
         return self._entered(call.groups, features, deepstack, len(call.tiles))
 

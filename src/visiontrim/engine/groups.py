@@ -28,7 +28,8 @@ class Part:
     whole: int | None
     before: int
     """Budget of which it is a part, see :class:`~visiontrim.core.view.View`."""
-    marks_stay: bool
+    marks_stay: int
+    """How many of its marks, the first ones, stay when tokens go."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class Group:
         return before[-1] if before else self.total
 
     def marks_beside(self, kept: int) -> int:
-        """Marks of each segment that are there when ``kept`` of its tokens are."""
-        return self.marks.shape[1] if kept == self.total or (kept and self.part.marks_stay) else 0
+        """Marks of each segment, the first ones, that are there when ``kept`` of its tokens are."""
+        marks = self.marks.shape[1]
+        return marks if kept == self.total else min(marks, self.part.marks_stay) if kept else 0
 
     def per_layer(self, num_layers: int) -> tuple[int, ...]:
         """Tokens of each segment, marks included, that every decoder layer processes."""

@@ -41,7 +41,7 @@ from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
-from visiontrim.engine.upstream import Cache, Upstream, given_cache, holds_tokens, recomputes
+from visiontrim.engine.upstream import PER_TOKEN, Cache, Upstream, given_cache, holds_tokens, recomputes
 from visiontrim.models.family import Family
 
 
@@ -236,8 +236,7 @@ class LanguageStage:
         if self._unmerging is not None:
             prefill.repeated = self._unmerging.repeated(prefill, embeds)
         kwargs["position_ids"] = self._segments.positions(prefill, 0)
-        if kwargs.get("per_layer_inputs") is not None:
-            kwargs["per_layer_inputs"] = gather(kwargs["per_layer_inputs"], index)
+        kwargs |= {name: gather(kwargs[name], index) for name in PER_TOKEN if kwargs.get(name) is not None}
         if self._family.bidirectional:
             alive = prefill.alive
             kwargs["attention_mask"] = narrowed_mask(kwargs.get("attention_mask"), alive.origin, alive.valid)

@@ -91,7 +91,7 @@ class Members:
             )
         ones = torch.ones(1, 1, dtype=torch.long, device=self._rotary.inv_freq.device)
         if family.mrope:  # a token for every axis
-            ones = torch.eye(3, dtype=torch.long, device=ones.device)[:, None]
+            ones = torch.eye(family.axes, dtype=torch.long, device=ones.device)[:, None]
         sines = self._rotary.forward(ones.float(), position_ids=ones)[1]
         if sines.ndim != 3:
             raise TrimError(
@@ -125,8 +125,8 @@ class Members:
                 f"a position of this model is {len(positions)} numbers, but its family is not known, nor which rotary "
                 "pairs belong to which: use positions='keep'"
             )
-        if positions.ndim == 3:  # the last three: time, row, column
-            positions = torch.stack([gather(axis, places) for axis in positions[-3:]])
+        if positions.ndim == 3:  # the last ones: time, row, column
+            positions = torch.stack([gather(axis, places) for axis in positions[-self._axes :]])
         else:
             positions = gather(positions, places)
         entry = torch.arange(len(member), device=member.device)

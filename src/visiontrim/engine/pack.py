@@ -89,15 +89,16 @@ def pack_left(
 
 
 def unpack(
-    values: Float[Tensor, "batch kept dim"],
+    values: Float[Tensor, "batch last dim"],
     index: Int[Tensor, "batch kept"],
     valid: Bool[Tensor, "batch kept"],
     tokens: int,
-) -> Float[Tensor, "batch tokens dim"]:
+) -> Float[Tensor, "batch all_or_last dim"]:
     """Undo :func:`pack_left`: a removed token gets the values of the last kept token before it.
 
     So the token after a removed one is predicted by what precedes it in the packed sequence, and losses and logits
-    of the surviving tokens are those of the packed sequence. Rows with no kept token before get zeros.
+    of the surviving tokens are those of the packed sequence. Rows with no kept token before get zeros. Of models that
+    give the last of the kept tokens alone, as many of the last tokens are given.
     """
     # padding points at token 0: adding its zeros cannot hide a kept token 0
     kept = torch.zeros(index.shape[0], tokens, dtype=torch.long, device=index.device).scatter_add_(
@@ -105,5 +106,8 @@ def unpack(
     )
     rank = kept.cumsum(1)
     padding = (~valid).sum(1, keepdim=True)
+    missing = index.shape[1] - values.shape[1]
+    if missing:  # no more than these are kept of the last tokens
+        rank, padding = rank[:, -values.shape[1] :], padding - missing
     full = gather(values, (rank - 1 + padding).clamp_min(0))
     return full.masked_fill_((rank == 0)[..., None], 0.0)

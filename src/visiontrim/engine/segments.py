@@ -20,7 +20,7 @@ from visiontrim.engine.forward import Forward, Prefill, Removal
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather
 from visiontrim.engine.segment import Segment
-from visiontrim.engine.upstream import Upstream
+from visiontrim.engine.upstream import PER_TOKEN, Upstream
 
 KeyMask = Bool[Tensor, "batch keys"] | None
 
@@ -108,6 +108,9 @@ class Segments:
         if kind not in segment.masks:
             segment.masks[kind] = self._upstream.mask(hidden, segment.key_mask, forward.cache, layer)
         changed["attention_mask"] = segment.masks[kind]
+        if segment.places is not None:
+            along = [name for name in PER_TOKEN if given.get(name) is not None]
+            changed |= {name: gather(given[name], segment.places) for name in along}
         if (rotary := self._rotary(forward, segment, layer, hidden, given)) is not None:
             changed["position_embeddings"] = rotary
         return changed

@@ -102,6 +102,10 @@ def recomputes(model: nn.Module) -> bool:
     return getattr(model, "gradient_checkpointing", False) and model.training and torch.is_grad_enabled()
 
 
+PER_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
+"""Arguments of text models [batch, tokens, ...] with an entry for every token, which goes where its token goes."""
+
+
 class Upstream:
     """What this release calls things in one model, whose text model is ``text``."""
 

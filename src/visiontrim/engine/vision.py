@@ -118,7 +118,8 @@ class VisionStage:
         call.encoding = encoding = Encoding(kind, arguments)
         try:
             output = encode(*args, **kwargs)
-            together = check_encoded(output, f"{type(family.core).__name__}.get_{kind}_features")
+            function = f"{type(family.core).__name__}.get_{kind}_features"
+            together = check_encoded(output, function, family.features)
             parts = [together] if isinstance(together, Tensor) and together.ndim == 2 else list(together)
             lengths = [part.shape[:-1].numel() for part in parts]
             features = torch.cat([part.flatten(0, -2) for part in parts])
@@ -132,7 +133,7 @@ class VisionStage:
         if encoding.selected is not None:
             features = mark_empty(features, encoding.selected.blank)
             changed = [new.view_as(old) for new, old in zip(features.split(lengths), parts, strict=True)]
-            output.pooler_output = features.view_as(together) if isinstance(together, Tensor) else changed
+            setattr(output, family.features, features.view_as(together) if isinstance(together, Tensor) else changed)
         return output
 
     def _remember(self, memory: Memory, encode: Callable, *args, **kwargs):
@@ -216,12 +217,11 @@ class VisionStage:
                 changed = True
             values.append((features[at] if merged is None else merged).flatten(0, 1))
             changed |= group.kept < group.total
-            if group.marks_beside(group.kept):
-                stay = marks_at[marks_at >= 0]
-                slots.append(stay)
-                values.append(features[stay])
-            else:
-                blank.append(marks.flatten())
+            if staying := group.marks_beside(group.kept):
+                stay = marks_at[:, :staying]
+                slots.append(stay[stay >= 0])
+                values.append(features[slots[-1]])
+            blank.append(marks[:, staying:].flatten())
             rows = sum(map(len, values))
         if not changed:
             return None

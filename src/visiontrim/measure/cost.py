@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method
 from visiontrim.measure.noise import noise_prompt
 from visiontrim.measure.shapes import Shape
-from visiontrim.models.family import Family, family_of
+from visiontrim.models.family import ATTENTIONS, Family, family_of
 from visiontrim.run import trim
 
 _WEIGHTED = (F.linear, F.conv2d, F.conv3d)
@@ -85,9 +84,12 @@ class Counter(TorchFunctionMode):
             id(parameter): (weights[name].numel(), self._part(name, id(parameter) in decoder))
             for name, parameter in standin.model.named_parameters()
         }
-        self._heads = {"vision": _encoder_width(real), "decoder": math.prod(_heads(real))}
+        layers = zip(standin.language_model.layers, _widths(real), strict=True)
+        self._widths = {id(parameter): wide for layer, (wide, _) in layers for parameter in layer.parameters()}
+        """Of all query heads of the layer that a weight is in."""
         self._experts = dict(_experts(real.model))
-        self._last = "vision"
+        self._last, self._encoder = "vision", _encoder_width(real)
+        self._wide = self._encoder
         self._off = 0
         self.flops = {"vision": 0, "decoder": 0, "head": 0}
 
@@ -137,13 +139,14 @@ class Counter(TorchFunctionMode):
         if func in _WEIGHTED and not self._off:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             size, self._last = self._weights[id(weight)]
+            self._wide = self._widths.get(id(weight), self._encoder)
             self.flops[self._last] += 2 * size * (result.numel() // weight.shape[0])
         return result
 
     def _attention(self, query, key, value, *_, **__):
         # queries, keys and values come from weights of the same layer, which were the last to be counted
         pairs = query.shape[:-3].numel() * query.shape[-2] * key.shape[-2]
-        self.flops[self._last] += 4 * self._heads[self._last] * pairs
+        self.flops[self._last] += 4 * self._wide * pairs
         return query
 
 
@@ -163,7 +166,7 @@ def costs(
         torch.manual_seed(seed)
         standin = family_of(shape.narrow().build("cpu", torch.float32, "sdpa"))
     real = family_of(shape.build("meta", shape.dtype))
-    plain = not real.recurrent and not any(_experts(real.language_model.layers))
+    plain = not real.recurrent and not any(_experts(real.language_model.layers)) and not _beside(real)
     counted = min(text, SAMPLE if plain else LONGEST)
     inputs = noise_prompt(standin, shape.picture, counted, 1, seed)
     return [_cost(real, standin, inputs, method, answer, batch, text - counted) for method in methods]
@@ -178,26 +181,31 @@ def _cost(
     with trim(standin.model, method, clock=counter) as run, counter.routed(standin.model), counter:
         standin.model(**inputs, use_cache=True, logits_to_keep=1)
     report, flops = run.report, counter.flops
-    cached = [length for layer, length in enumerate(run.trace.cache_lengths) if layer not in real.recurrent]
     text = run.trace.widths[0] - round(report.per_layer[0])
-    config = real.language_model.config
-    heads, head_dim = _heads(real)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    token = 2 * kv_heads * head_dim * real.model.dtype.itemsize  # bytes of a token in one layer
+    widths = _widths(real)
+    # (bytes of a token, tokens) of every layer that caches: some use keys and values of an earlier one
+    cached = [
+        (2 * narrow * real.model.dtype.itemsize, length)
+        for layer, (length, (_, narrow)) in enumerate(zip(run.trace.cache_lengths, widths, strict=True))
+        if length and layer not in real.recurrent
+    ]
+    seen = [length or width for length, width in zip(run.trace.cache_lengths, run.trace.widths, strict=True)]
     if more:
-        trace, wide = run.trace, 4 * heads * head_dim
+        trace, wides = run.trace, [4 * wide for wide, _ in widths]
         sizes = [sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1) for layer in _layers(real)]
-        rows = list(zip(sizes, trace.widths, trace.attended, trace.cache_lengths, strict=True))
-        found = sum(2 * size * width + wide * queries * keys for size, width, queries, keys in rows)
+        rows = list(zip(sizes, wides, trace.widths, trace.attended, trace.cache_lengths, strict=True))
+        found = sum(2 * size * width + wide * queries * keys for size, wide, width, queries, keys in rows)
         if real.recurrent or found != flops["decoder"]:
             raise TrimError(
                 f"{real.model.config.model_type} has decoder layers of which the formula knows nothing: give at most "
                 f"{text:,} text tokens"
             )
         flops["decoder"] = sum(
-            2 * size * (width + more) + wide * (queries + more) * (keys + more) for size, width, queries, keys in rows
+            2 * size * (width + more) + wide * (queries + more) * (keys + more)
+            for size, wide, width, queries, keys in rows
         )
-        cached = [length + more for length in cached]
+        cached = [(token, length + more) for token, length in cached]
+        seen = [length + more for length in seen]
         text += more
     layers = real.language_model.layers
     weights = sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim > 1)
@@ -207,8 +215,12 @@ def _cost(
     # torch counts no step of linear attention: neither its convolution nor its state
     convolutions = sum(module.weight.numel() for module in layers.modules() if isinstance(module, torch.nn.Conv1d))
     steps = answer - 1
-    keys = sum(steps * length + steps * (steps + 1) // 2 for length in cached)
-    step = 2 * (weights - idle - convolutions) + 2 * real.model.lm_head.weight.numel()
+    attention = sum(
+        4 * wide * (steps * length + steps * (steps + 1) // 2)
+        for layer, ((wide, _), length) in enumerate(zip(widths, seen, strict=True))
+        if layer not in real.recurrent
+    )
+    step = 2 * (weights - idle - convolutions + _beside(real)) + 2 * real.model.lm_head.weight.numel()
     return Cost(
         method=str(method),
         vision_tokens=report.kept_tokens,
@@ -216,10 +228,10 @@ def _cost(
         per_layer=report.per_layer,
         vision=batch * flops["vision"],
         prefill=batch * (flops["decoder"] + flops["head"]),
-        decode=batch * (steps * step + 4 * heads * head_dim * keys),
-        kv_vision=batch * token * (sum(cached) - len(cached) * text),
-        kv_prompt=batch * token * sum(cached),
-        kv_answer=batch * token * (sum(cached) + len(cached) * steps),
+        decode=batch * (steps * step + attention),
+        kv_vision=batch * sum(token * (length - text) for token, length in cached),
+        kv_prompt=batch * sum(token * length for token, length in cached),
+        kv_answer=batch * sum(token * (length + steps) for token, length in cached),
         weights=sum(parameter.numel() for parameter in real.model.parameters()) * real.model.dtype.itemsize,
     )
 
@@ -236,12 +248,25 @@ def _experts(model: Any) -> Iterator[tuple[str, int]]:
             yield name, sum(parameter[0].numel() for parameter in stacked)
 
 
-def _heads(family: Family) -> tuple[int, int]:
-    """Query heads of the decoder, and their width."""
-    config = family.language_model.config
-    return config.num_attention_heads, getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+def _widths(family: Family) -> list[tuple[int, int]]:
+    """Of every decoder layer the width of all query heads, and of all key-value heads; layers may differ in both."""
+    config, widths = family.language_model.config, []
+    heads = config.num_attention_heads
+    for layer in family.language_model.layers:
+        attention = next((getattr(layer, name) for name in ATTENTIONS if hasattr(layer, name)), None)
+        wide, groups = getattr(attention, "head_dim", None), getattr(attention, "num_key_value_groups", None)
+        wide = wide or getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = heads // groups if groups else getattr(config, "num_key_value_heads", None) or heads
+        widths.append((heads * wide, kv_heads * wide))
+    return widths
+
+
+def _beside(family: Family) -> int:
+    """Weights that every token passes outside of the decoder layers: Gemma 4's inputs of each layer."""
+    text = family.language_model
+    inside = {id(module) for module in text.layers.modules()}
+    linear = (module for module in text.modules() if isinstance(module, torch.nn.Linear) and id(module) not in inside)
+    return sum(module.weight.numel() for module in linear)
 
 
 def _encoder_width(family: Family) -> int:

@@ -30,7 +30,7 @@ def noise_prompt(family: Family, picture: Picture, text: int, batch: int, seed: 
         words = torch.randint(FIRST_WORD, _words(family), (text,))
     words[torch.isin(words, torch.tensor(_special(family)))] = FIRST_WORD
     one = {key: _placed(value, model) for key, value in one.items()}
-    output = getattr(family.core, f"get_{kind}_features")(**one).pooler_output
+    output = getattr(getattr(family.core, f"get_{kind}_features")(**one), family.features)
     parts = [output] if isinstance(output, Tensor) else list(output)
     length = sum(part.shape[:-1].numel() for part in parts)
     ids = torch.cat(
@@ -40,7 +40,7 @@ def noise_prompt(family: Family, picture: Picture, text: int, batch: int, seed: 
         if (token := getattr(model.config, f"{name}_token_id", None)) is not None:
             ids[place] = token
     ids = ids.expand(batch, -1).to(model.device)
-    inputs = {key: torch.cat([value] * batch) for key, value in one.items()}
+    inputs = {key: family.joined(key, [value] * batch) for key, value in one.items()}
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return inputs | family.along(ids, kind)
 

@@ -62,7 +62,9 @@ class Shape:
             raise TrimError(
                 f"{name} is a {config.model_type}, which has no vision encoder: give a vision-language model"
             )
-        size = getattr(vision, "image_size", 448)  # encoders of any size have none
+        size = getattr(vision, "image_size", None)
+        if size is None or hasattr(vision, "insert_layer_id"):  # any size, whatever MiniCPM-V's says
+            size = 480 if hasattr(vision, "pooling_kernel_size") else 448
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return cls(name, name, config, Picture(height, width))
 
@@ -118,7 +120,10 @@ class Shape:
     def narrow(self) -> Shape:
         """The same layers and token counts with tiny widths: what runs anywhere in no time."""
         config = copy.deepcopy(self.config)
-        _set(config.text_config, _NARROW_TEXT)
+        if "per_layer_config" in config.text_config.to_dict():
+            config.text_config = _narrow_by_layer(config.text_config)
+        else:
+            _set(config.text_config, _NARROW_TEXT)
         _set(config.vision_config, _NARROW_VISION)
         _set(config, {"hidden_size": _WIDTH, "projection_dim": _WIDTH})
         rope = getattr(config.text_config, "rope_parameters", None)
@@ -159,9 +164,21 @@ _NARROW_VISION = {
     "intermediate_size": _WIDTH,
     "num_attention_heads": _HEADS,
     "num_heads": _HEADS,
+    "num_key_value_heads": _HEADS,
     "head_dim": _HEAD_DIM,
     "projection_dim": _WIDTH,
 }
+
+
+def _narrow_by_layer(text: Any) -> Any:
+    """Of a text model with layers that have other heads than the rest, or inputs of their own (Gemma 4)."""
+    told = text.to_dict()
+    told.pop("per_layer_config")
+    told |= {key: value for key, value in _NARROW_TEXT.items() if told.get(key) is not None}
+    told |= {"global_head_dim": _HEAD_DIM, "num_global_key_value_heads": None}
+    if told.get("hidden_size_per_layer_input"):
+        told["hidden_size_per_layer_input"] = 2
+    return type(text)(**told)
 
 
 def _set(config: Any, values: Mapping[str, Any]) -> None:

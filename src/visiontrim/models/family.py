@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from inspect import Parameter, signature
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,36 +15,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from visiontrim.core.errors import TrimError
-from visiontrim.models.layout import Grid, Packing, Visual
+from visiontrim.models.layout import Grid, Kind, Packing, Picture, Visual
+from visiontrim.models.refused import REFUSED
 
 ENTRY_POINTS = "visiontrim.models"
 
 RECURRENT = ("linear_attention", "conv")
 """Types of decoder layers, as configurations name them, that carry a state from token to token."""
 
-Kind = Literal["image", "video"]
 Arguments = Mapping[str, Any]
 """What ``get_image_features`` or ``get_video_features`` was called with, by name; ``pixels`` whatever theirs is called
 (``pixel_values``, ``pixel_values_videos``, ...), which differs between releases of transformers."""
 
 
-INPUT_NORMS = ("input_layernorm", "operator_norm")
+INPUT_NORMS = ("input_layernorm", "operator_norm", "attention_layernorm")
 FINAL_NORMS = ("norm", "embedding_norm", "final_layer_norm", "final_layernorm")
 ATTENTIONS = ("self_attn", "attention")
+TEXT_MODELS = ("language_model", "text_model")
 """What text models call these parts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """Size of an image in pixels, or of a video where ``frames`` are given."""
-
-    height: int
-    width: int
-    frames: int = 0
-
-    @property
-    def kind(self) -> Kind:
-        return "video" if self.frames else "image"
 
 
 class Family(ABC):
@@ -69,6 +56,8 @@ class Family(ABC):
     """Whether tokens are selected in the space of a CLIP encoder, where a CLIP text tower can guide."""
     mrope: ClassVar[bool] = False
     """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
+    axes: int = 3
+    """How many numbers, where it is several."""
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
     no_stages: ClassVar[str] = "lets image tokens attend in both directions"
@@ -79,6 +68,8 @@ class Family(ABC):
     """Whether a conversation can go on from its cache."""
     adjoining: ClassVar[bool] = False
     """Whether images without text between them are tiles of one image."""
+    features: ClassVar[str] = "pooler_output"
+    """Field of what ``get_image_features`` gives in which vision tokens come."""
     row_ends: bool = False
     """Whether the processor writes a token of the text's behind every row of an image: see ``engine/rows.py``."""
     merging: ClassVar[str] = "no"
@@ -116,7 +107,8 @@ class Family(ABC):
     @property
     def language_model(self) -> Any:
         """The text model without its head; has ``layers`` and ``rotary_emb``."""
-        return self.core.language_model
+        core = self.core
+        return core.text_model if not hasattr(core, "language_model") else core.language_model
 
     @abstractmethod
     def encoder(self, kind: Kind) -> Any:
@@ -245,6 +237,10 @@ class Family(ABC):
             noise["image_sizes"] = torch.tensor([sides])
         return noise
 
+    def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """What pictures, or rows of a batch, have under a name of :meth:`noise`, for one call."""
+        return torch.cat(list(parts))
+
     def along(self, input_ids: Int[Tensor, "batch tokens"], kind: Kind) -> dict[str, Tensor]:
         """What the processor gives beside ``input_ids`` of a prompt with pictures of one kind, as long as they are."""
         if not self.mrope:
@@ -347,20 +343,23 @@ class Generic(Family):
         parts = {
             "config.image_token_id": getattr(getattr(model, "config", None), "image_token_id", None),
             "model.get_image_features": getattr(core, "get_image_features", None),
-            "model.language_model.layers": getattr(getattr(core, "language_model", None), "layers", None),
+            "model.language_model.layers": next(
+                (True for name in TEXT_MODELS if hasattr(getattr(core, name, None), "layers")), None
+            ),
         }
         return [name for name, part in parts.items() if part is None]
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         videos = getattr(self.model.config, "video_token_id", None) is not None
+        videos = videos and hasattr(self.core, "get_video_features")
         return super().kinds if videos else ("image",)
 
     def encoder(self, kind: Kind) -> Any:
         raise TrimError(f"the encoder of {type(self.model).__name__} is not known: CONTRIBUTING.md shows how to add it")
 
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
-        return [Visual.of_grid((1, 1, length)) for length in lengths or ()]
+        return [Visual.of_grid((1, 1, length)) for length in lengths or () if length]
 
 
 def unwrapped(model: Any) -> Any:
@@ -378,6 +377,11 @@ def family_of(model: PreTrainedModel) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in known:
         return known[model_type](model)
+    if model_type in REFUSED:
+        raise TrimError(
+            f"{type(model).__name__} (model_type {model_type!r}) is not supported: {REFUSED[model_type]} "
+            "(`visiontrim models` lists what runs)"
+        )
     missing = Generic.missing(model)
     if missing:
         raise TrimError(

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visiontrim.models.family import Arguments, Family, Kind, register_family
+from visiontrim.core.errors import TrimError
+from visiontrim.models.family import Arguments, Family, Kind, Picture, register_family
 from visiontrim.models.layout import Grid, Visual, equal_grids
 
 
@@ -107,6 +108,21 @@ class Gemma4(Family):
 
     def attentions(self, kind: Kind) -> Sequence[Any]:
         return [layer.self_attn for layer in self.encoder(kind).encoder.layers]
+
+    def along(self, input_ids: Tensor, kind: Kind) -> dict[str, Tensor]:
+        return {"mm_token_type_ids": self.placeholders(input_ids).long()}
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        patch = self.model.config.vision_config.patch_size
+        unit = patch * self.factor
+        if picture.frames or picture.height % unit or picture.width % unit:
+            raise TrimError(
+                f"{type(self).__name__} sees images in units of {unit} x {unit} pixels and no videos, into which "
+                f"{picture.height} x {picture.width} x {picture.frames} cannot be cut: give multiples"
+            )
+        rows, columns = picture.height // patch, picture.width // patch
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
+        return {"pixel_values": torch.rand(1, rows * columns, 3 * patch**2), "image_position_ids": places[None]}
 
     def _places(self, arguments: Arguments) -> list[Tensor]:
         """(column, row) [patches, 2] of the patches of each image."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +13,20 @@ from torch import Tensor
 
 Grid = tuple[int, int, int]
 """(frames, rows, columns) of tokens."""
+Kind = Literal["image", "video"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Size of an image in pixels, or of a video where ``frames`` are given."""
+
+    height: int
+    width: int
+    frames: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        return "video" if self.frames else "image"
 
 
 def _none() -> Tensor:
@@ -27,8 +42,9 @@ class Segment:
     """Places of its tokens among the placeholders of the image, in raster order."""
     marks: Int[Tensor, " marks"] = field(default_factory=_none)
     """Places of tokens without a place on the grid: newline rows, [CLS]."""
-    marks_stay: bool = False
-    """Whether these stay when tokens of the segment go. Newlines mark the rows of a grid that then no longer exists."""
+    marks_stay: int = 0
+    """How many of these, the first ones, stay when tokens of the segment go (a [CLS], begin and end of an image).
+    Newlines mark the rows of a grid that then no longer exists."""
     tile: Int[Tensor, " tokens"] | None = None
     """Number of the tile that each token comes from; None: all from one."""
 

@@ -1,4 +1,4 @@
-"""Qwen-VL from 2 on, and GLM-4V, which is built alike: pictures of any size, their patches merged 2 x 2 at the end."""
+"""Qwen-VL from 2 on, and what is built alike: pictures of any size, their patches merged 2 x 2 at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from visiontrim.core.errors import TrimError
 from visiontrim.models.family import Arguments, Family, Kind, Picture, register_family
-from visiontrim.models.layout import Grid, Packing, Visual
+from visiontrim.models.layout import Grid, Packing, Segment, Visual
 
 
 @register_family
@@ -89,7 +89,7 @@ class QwenVL(Family):
 
     def noise(self, picture: Picture) -> dict[str, Tensor]:
         config = self.model.config.vision_config
-        unit, time = config.patch_size * config.spatial_merge_size, config.temporal_patch_size
+        unit, time = config.patch_size * config.spatial_merge_size, getattr(config, "temporal_patch_size", 1)
         if picture.height % unit or picture.width % unit or picture.frames % time:
             raise TrimError(
                 f"{type(self).__name__} sees images in units of {unit} x {unit} pixels and {time} frames, into which "
@@ -139,12 +139,9 @@ class Glm(QwenVL):
         return ()  # a convolution joins the units behind the layers
 
 
-@register_family
-class OmniThinker(QwenVL):
-    """The thinker of an omni model. Its sound is left alone, also where it is interleaved with a video."""
+class _Whole(QwenVL):
+    """Those between whose encoder layers nothing merges: that was not tried."""
 
-    model_types = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
-    checkpoints = "the thinkers of Qwen2.5-Omni and Qwen3-Omni; sound passes whole"
     merging = "no"
 
     def encoder_layers(self, kind: Kind) -> Sequence[Any]:
@@ -152,3 +149,107 @@ class OmniThinker(QwenVL):
 
     def mergers(self, kind: Kind) -> Sequence[Any]:
         return ()
+
+
+@register_family
+class OmniThinker(_Whole):
+    """The thinker of an omni model. Its sound is left alone, also where it is interleaved with a video."""
+
+    model_types = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+    checkpoints = "the thinkers of Qwen2.5-Omni and Qwen3-Omni; sound passes whole"
+
+
+@register_family
+class CohereCompass(_Whole):
+    """Qwen3-VL's encoder and DeepStack before a decoder of Cohere's."""
+
+    model_types = ("cohere_compass",)
+    checkpoints = "North Micro Vision"
+
+
+@register_family
+class Cosmos3Edge(_Whole):
+    """A SigLIP 2 encoder whose patches come in the order of their units; they are merged behind it."""
+
+    model_types = ("cosmos3_edge",)
+    checkpoints = "Cosmos3-Edge"
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.encoder(kind).encoder.layers]
+
+    def depth(self, kind: Kind) -> int:
+        return len(self.attentions(kind))
+
+
+@register_family
+class Ernie(_Whole):
+    """Units of two frames of a video become one token; decoder layers have experts of their own for vision tokens."""
+
+    model_types = ("ernie4_5_vl_moe",)
+    checkpoints = "ERNIE-4.5-VL"
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_tower
+
+    def along(self, input_ids: Tensor, kind: Kind) -> dict[str, Tensor]:
+        kinds = super().along(input_ids, kind)
+        return kinds | {"moe_mm_token_type_ids": kinds["mm_token_type_ids"]}
+
+    def _tokens(self, kind: Kind, arguments: Arguments) -> list[Grid]:
+        time = self.core.resampler_model.temporal_merge_size if kind == "video" else 1
+        return [(frames // time, rows, columns) for frames, rows, columns in super()._tokens(kind, arguments)]
+
+    def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
+        merged = values.view(-1, self.factor**2, *values.shape[1:]).mean(1)
+        if kind == "image":
+            return merged
+        frames = [rows * columns for frames, rows, columns in super()._tokens(kind, arguments) for _ in range(frames)]
+        one_by_one = merged.split(frames)
+        return torch.cat([(a + b) / 2 for a, b in zip(one_by_one[::2], one_by_one[1::2], strict=True)])
+
+
+@register_family
+class HunYuan(_Whole):
+    """Every image begins and ends with a learned token, and so does every row of its grid; the first two stay."""
+
+    model_types = ("hunyuan_vl",)
+    checkpoints = "HunyuanOCR"
+    unit = "image"
+    video = False
+
+    def __init__(self, model) -> None:
+        Family.__init__(self, model)
+        config = self.model.config
+        self.factor = config.vision_config.spatial_merge_size
+        self.axes = len(config.text_config.rope_parameters["mrope_section"])
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_tower
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.encoder(kind).layers]
+
+    def depth(self, kind: Kind) -> int:
+        return len(self.attentions(kind))
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        return [self._visual(rows, columns) for _, rows, columns in self._tokens(kind, arguments)]
+
+    @staticmethod
+    def _visual(rows: int, columns: int) -> Visual:
+        places = 1 + torch.arange(rows * (columns + 1)).view(rows, columns + 1)
+        length = places.numel() + 2
+        marks = torch.cat([torch.tensor([0, length - 1]), places[:, -1]])
+        return Visual(length, (Segment((1, rows, columns), places[:, :-1].flatten(), marks, marks_stay=2),))
+
+    def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
+        """Patches are in raster order here; what is no patch gets zeros."""
+        images, flat = [], values.flatten(1)
+        visuals, chunks = self.visuals(kind, arguments, None), self.chunks(kind, arguments)
+        for visual, patches in zip(visuals, flat.split(chunks), strict=True):
+            segment, image = visual.segments[0], flat.new_zeros(visual.length, flat.shape[-1])
+            _, rows, columns = segment.grid
+            units = patches.view(rows, self.factor, columns, self.factor, -1).mean((1, 3))
+            image[segment.index.to(flat.device)] = units.flatten(0, 1)
+            images.append(image)
+        return torch.cat(images).view(-1, *values.shape[1:])

@@ -1,4 +1,4 @@
-"""Families that merge neighbouring patches before the language model: InternVL, Idefics3, SmolVLM, Mistral3."""
+"""Families that merge neighbouring patches before the language model: InternVL, Idefics3, Mistral3 and relatives."""
 
 from __future__ import annotations
 
@@ -115,6 +115,58 @@ class Idefics3(_Square):
 
     def attentions(self, kind: Kind) -> Sequence[Any]:
         return [layer.self_attn for layer in self.encoder(kind).encoder.layers]
+
+
+@register_family
+class GraniteDocling(_Square):
+    """Tiles as Idefics3 has them, and DeepStack; on the fine route twice the tokens along a side."""
+
+    model_types = ("granite_docling",)
+    checkpoints = "Granite Docling (2026)"
+    scores = "attention received, mean over each shuffled unit"
+    unit = "tile"
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.factor = self.model.config.vision_config.scale_factor
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_model
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.encoder(kind).encoder.layers]
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        pixels = super().noise(picture)["pixel_values"][None]
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
+
+    def _merged(self, arguments: Arguments) -> int:
+        return self.factor if arguments.get("tile_fine_mask") is None else self.factor // 2
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        side = self.side // self._merged(arguments)
+        return equal_grids(lengths or (), (1, side, side))
+
+    def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:
+        tiles = values.flatten(1).view(-1, self.side, self.side, values[0].numel()).permute(0, 3, 1, 2)
+        return F.avg_pool2d(tiles, self._merged(arguments)).permute(0, 2, 3, 1).reshape(-1, *values.shape[1:])
+
+
+@register_family
+class Idefics2(Family):
+    """Learned queries of a resampler stand for an image, so they have no places on a grid."""
+
+    model_types = ("idefics2",)
+    checkpoints = "Idefics2"
+
+    def noise(self, picture: Picture) -> dict[str, Tensor]:
+        return {key: value[None] for key, value in super().noise(picture).items()}
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.vision_model
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        return equal_grids(lengths or (), (1, 1, self.model.config.perceiver_config.resampler_n_latents))
 
 
 @register_family

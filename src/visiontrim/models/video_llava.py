@@ -44,7 +44,7 @@ class VideoLlava(LlavaLike):
         videos, frames = arguments["pixels"].shape[:2]
         _, rows, columns = self.tile
         places = torch.arange(frames * (1 + rows * columns)).view(frames, -1)
-        segment = Segment((frames, rows, columns), places[:, 1:].flatten(), places[:, 0], marks_stay=True)
+        segment = Segment((frames, rows, columns), places[:, 1:].flatten(), places[:, 0], marks_stay=frames)
         return [Visual(places.numel(), (segment,))] * videos
 
     def pooled(self, kind: Kind, arguments: Arguments, values: Tensor) -> Tensor:

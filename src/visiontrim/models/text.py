@@ -48,7 +48,7 @@ class Guidance(ABC):
 class TextTower(Guidance):
     """The text half of a CLIP model and the two projections into its joint space.
 
-    The last questions are remembered with what was read of them, over all runs, as long as the weights stay as they are.
+    The last questions are remembered with what was read of them, over all runs, while the weights stay as they are.
 
     Args:
         model: the CLIP model that the vision encoder of the VLM was taken from. Only its text tower and projections

@@ -40,7 +40,7 @@ class _Turns(StoppingCriteria):
         self.alone = False
         """Whether the other has ended, and nobody is there to give the turn back."""
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
         now = self._now()
         if self._began is not None:
             self.steps.append((now[0] - self._began[0], now[1] - self._began[1]))

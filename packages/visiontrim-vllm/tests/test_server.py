@@ -28,6 +28,7 @@ def client(tmp_path_factory):
         *(Path(sys.executable).with_name("vllm"), "serve", zoo.MODEL_DIR, "--port", PORT, "--host", "127.0.0.1"),
         *("--model-impl", "transformers", "--dtype", "float32", "--enforce-eager", "--max-model-len", 1024),
         *("--max-num-seqs", 8, "--served-model-name", "m", "--hf-overrides", json.dumps(OPTIONS)),
+        "--trust-request-mm-kwargs",
     ]
     with log.open("w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)

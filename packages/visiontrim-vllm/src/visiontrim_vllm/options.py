@@ -1,7 +1,8 @@
 """What a server and each of its requests ask for.
 
 The server: ``--hf-overrides '{"visiontrim": {...}}'``. A request: ``mm_processor_kwargs: {"visiontrim": {...}}``, of
-which vLLM makes a part of the identity of an image, and so of the keys of all of its caches. Knows nothing of vLLM.
+which vLLM makes a part of the identity of an image, and so of the keys of all of its caches; ``vllm serve`` takes it
+with ``--trust-request-mm-kwargs`` only. Knows nothing of vLLM.
 """
 
 from __future__ import annotations

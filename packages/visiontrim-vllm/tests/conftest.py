@@ -66,7 +66,7 @@ class Server:
             inputs = self.processor(images=list(sample.images), text=sample.prompt, return_tensors="pt")
             method, options = (spec, {}) if spec is None else (spec[0], json.loads(spec[1]))
             if method == "visiontrim":  # of whose two stages vLLM has the first one
-                options["stages"] = "vision"
+                method = "visiontrim:stages=vision"
             run = (
                 contextlib.nullcontext()
                 if method is None

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import visiontrim as vt
-from families import CONFIGS, GENERIC
+from families import CONFIGS, GENERIC, MISSING
 from shrunk import configuration
 from visiontrim.models import list_families
 from visiontrim.models.refused import REASONS
@@ -110,7 +110,7 @@ def says_why(name: str) -> bool:
 
 def table() -> str:
     """The outcomes, each with its model types."""
-    own = [name for name in list_families() if name in {*CONFIGS, *RUN_SHRUNK}]
+    own = [name for name in list_families() if name in {*CONFIGS, *MISSING, *RUN_SHRUNK}]
     generic = sorted({*GENERIC, *RUN_SHRUNK} - set(list_families()))
     rows = [(OWN, own), (RUN, generic), (WITH_TIMM, RUN_TIMM), *reasons().items()]
     return "\n".join(

@@ -218,3 +218,18 @@ def test_a_renamed_name_is_an_error_or_right(simulate, part, name, monkeypatch):
         assert found[2] == expected[2]
         torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
         torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
+
+
+def test_a_layer_that_caches_more_than_the_trace_says():
+    model = llava()
+
+    def write_a_sink(module, args, kwargs, output):
+        layer = kwargs[CACHE].layers[1]
+        layer.keys, layer.values = (torch.cat([t[..., :1, :], t], -2) for t in (layer.keys, layer.values))
+
+    hook = model.model.language_model.layers[1].register_forward_hook(write_a_sink, with_kwargs=True)
+    found = pytest.raises(vt.TrimError, match=r"relies on \d+ tokens in layer 1 of the cache after this prefill")
+    with found, vt.trim(model, vt.Random(keep=9)):
+        model(**INPUTS, use_cache=True)
+    hook.remove()
+    assert vt.current(model) is None

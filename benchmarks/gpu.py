@@ -39,6 +39,8 @@ METHODS = ("visiontrim", "visiontrim:stages=vision", "fastv", "random")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 TEXT = 60
 """Words of a prompt."""
+SIDE = 168
+"""Pixels of a picture where models are small."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Size:
         shape = Shape.load(name)
         if self.small:
             shape = shape.narrow().sliced(5)
-            return shape.seeing(280, 280, 0) if name.startswith("qwen") else shape
+            if hasattr(shape.config.vision_config, "image_size"):
+                shape.config.vision_config.image_size = SIDE
+            return shape.seeing(SIDE, SIDE, 0)
         return shape if layers is None else shape.sliced(layers)
 
     def wait(self) -> None:
@@ -132,7 +136,7 @@ def speed(size: Size) -> dict[str, Any]:
         dtype = torch.float32 if size.device.type == "cpu" else torch.bfloat16  # which takes a CPU ten times as long
         model: Any = shape.build(str(size.device), dtype, "sdpa")
         model.generation_config.eos_token_id = None
-        subject = Subject(shape.name, model, shape.picture, *noise_tower(family_of(model)))
+        subject = Subject(shape.name, model, shape.picture, *noise_tower(family_of(model), 1 if size.small else 12))
         methods = [vt.load_method(method, keep=size.keep) for method in METHODS]
         found[name] = {"environment": environment(model)}
         for batch in size.batches:

@@ -233,3 +233,15 @@ def test_a_layer_that_caches_more_than_the_trace_says():
         model(**INPUTS, use_cache=True)
     hook.remove()
     assert vt.current(model) is None
+
+
+def test_another_cache_that_comes_back():
+    model = llava()
+
+    def swap_cache(module, args, output):
+        output[CACHE] = DynamicCache()
+
+    model.model.language_model.register_forward_hook(swap_cache)
+    found = pytest.raises(vt.TrimError, match=r"to return the cache it was given.*another DynamicCache")
+    with found, vt.trim(model, vt.Random(keep=9)):
+        model(**INPUTS, use_cache=True)

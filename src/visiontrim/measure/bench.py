@@ -215,14 +215,14 @@ def _ideal(family: Family, inputs: Mapping[str, Tensor], size: int) -> Way:
     return Way(f"ideal of {size}", "ideal", size, own.inputs, opened)
 
 
-def noise_tower(family: Family) -> tuple[TextTower | None, Any]:
+def noise_tower(family: Family, layers: int = 12) -> tuple[TextTower | None, Any]:
     """A text tower with random weights in the shape of CLIP ViT-L/14, where the family can have one, and a tokenizer.
 
-    The tokenizer finds the words of any text at random.
+    The tokenizer finds the words of any text at random. ``layers`` are fewer where no time is looked at.
     """
     if not family.text_tower or family.vision_width is None:
         return None, _noise_words
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": layers, "num_attention_heads": 12}
     vision = {"hidden_size": family.vision_width, "num_hidden_layers": 1, "num_attention_heads": 1}  # never run
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
     with family.model.device:

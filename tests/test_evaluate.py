@@ -210,7 +210,7 @@ def test_the_frontier_and_the_cheapest_setting():
     assert Tuned(1.01, scores, 80, 8).chosen is None
     few = Tuned(0.95, scores, 2, 1)
     assert few.chosen is None, "two questions recommend nothing"
-    assert "2 questions about 1 pictures are too few" in few.advice
+    assert "2 questions about 1 picture are too few" in few.advice
 
 
 def test_every_ablation_names_methods_that_exist():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Num
 from torch import Tensor
 
 from visiontrim.core.method import Site
@@ -71,8 +71,9 @@ class Trace:
     attended: tuple[int, ...]
     """Tokens of every row that attend to each other in each decoder layer, padding included: ``widths``, or more where
     attention sees merged tokens at all of their places (``positions="unmerged"``)."""
-    positions: Int[Tensor, "*axes rows tokens"]
-    """Position ids of the uncompressed chunk, on the model's device; with mRoPE one for each axis, the last three."""
+    positions: Num[Tensor, "*axes rows tokens"]
+    """Position ids of the uncompressed chunk, on the model's device; with mRoPE one for each axis, the last three.
+    Whole numbers, which omni models hold as float32."""
     cache_lengths: tuple[int, ...]
     """Tokens that each decoder layer's key-value cache holds after the prefill, read from it; () without a cache."""
     cache_bytes: int

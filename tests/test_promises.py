@@ -195,3 +195,11 @@ def test_text_only_models_names_of_nothing_and_damage_are_one_sentence(cli, monk
     code, _, err = cli("doctor", "--model", "llava-hf/llava-1.5-7bb")
     assert code == 2
     assert "the hub does not give it (404 Client Error): did you mean llava-1.5-7b?" in err
+
+
+def test_a_plain_model_whose_batch_is_not_its_rows_is_told():
+    model, rows = families.build("llava"), [Prompts("llava", (3, "image", 5), seed=seed).batch() for seed in (1, 2)]
+    together = left_padded(rows, 0)
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits + 0.01 * (len(logits) - 1))
+    with pytest.raises(PromiseError, match=r"would be rounding; the plain model's own batch differs by 0.01 from"):
+        promises.batch_equals_rows(model, rows, together, PLAN)

@@ -17,7 +17,6 @@ from PIL import Image
 
 from visiontrim import zoo
 from visiontrim.ask import FALLBACK_PROMPT, encode, load
-from visiontrim.cli import main
 from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import list_methods
 from visiontrim.zoo import held_out
@@ -40,20 +39,6 @@ def scene(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("scene") / "scene.png"
     SAMPLES[0].image.save(path)
     return str(path)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command; gives (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["visiontrim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:

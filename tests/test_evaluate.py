@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from typer import BadParameter
 import visiontrim as vt
 from visiontrim import zoo
 from visiontrim.ask import Speaker, load
-from visiontrim.cli import main
 from visiontrim.commands.options import amounts_of, methods_of
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, answers, encode
@@ -35,18 +33,6 @@ def speaker() -> Speaker:
 @pytest.fixture(scope="module")
 def suite() -> Suite:
     return load_suite("shapes", scenes=1)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["visiontrim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 def test_a_list_of_methods_is_split_at_the_commas_between_methods():

@@ -22,7 +22,6 @@ from PIL import Image
 
 import official
 from visiontrim.ask import Speaker, load
-from visiontrim.cli import main
 from visiontrim.commands.progress import Progress
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.asking import PLAIN, Cell, Examiner, _off
@@ -42,18 +41,6 @@ from visiontrim.evaluate.suites import check_pictures, load_suite, slug
 @pytest.fixture(scope="module")
 def speaker() -> Speaker:
     return load(device="cpu")
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["visiontrim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

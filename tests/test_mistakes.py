@@ -28,20 +28,6 @@ QUESTION = "what shape is blue ?"
 ASK = ("ask", SCENE, QUESTION, "--device", "cpu")
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command; gives (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["visiontrim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
-
-
 def one_sentence(told: tuple[int, str, str]) -> str:
     code, out, err = told
     assert (code, out) == (2, ""), err

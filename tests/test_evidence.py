@@ -43,7 +43,8 @@ def answered(texts: dict[Cell, list[str]], seconds: dict[Cell, float] | None = N
 
     def row(cell: Cell, said: list[str], start: int) -> Row:
         ids = tuple(item.id for item in ITEMS[start : start + 8])
-        taken = {"vision": 0.5, "method": 0.0, "prefill": (seconds or {}).get(cell, 0.5)}
+        prefill = (seconds or {}).get(cell, 0.5)
+        taken = {"vision": 0.5, "method": 0.0, "prefill": prefill, "total": 0.5 + prefill}
         return Row("", "", cell.keep, "", ids, tuple(said[start : start + 8]), (1,) * 8, "", (64.0,), taken)
 
     rows = {cell: [row(cell, said, start) for start in (0, 8)] for cell, said in texts.items()}

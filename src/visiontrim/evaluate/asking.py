@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,10 +159,14 @@ def answers(
     protocol: Protocol | None = None,
     per: Per = "image",
 ) -> Said:
-    """Greedy answers to a batch of questions, with pictures or without. Equal pictures are encoded once."""
+    """Greedy answers to a batch of questions, with pictures or without. Equal pictures are encoded once.
+
+    The seconds of a model on the CPU are CPU seconds: other work on the machine hardly changes them.
+    """
     model: Any = speaker.model
     protocol = protocol or Protocol()
-    with Clock(model) as clock:
+    timer = time.process_time if model.device.type == "cpu" else time.perf_counter
+    with Clock(model, timer) as clock:
         if not items[0].sources:
             run, output = None, model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         else:

@@ -167,7 +167,7 @@ class Answers:
     def _time(self, rows: Sequence[Row]) -> float | None:
         """Of the batches with pictures, each beside the plain model's time for the same batch."""
         pairs = zip(rows, self.rows[Cell(PLAIN, None)], strict=True)
-        shares = [sum(row.seconds.values()) / sum(plain.seconds.values()) for row, plain in pairs if row.per_layer]
+        shares = [row.seconds["total"] / plain.seconds["total"] for row, plain in pairs if row.per_layer]
         return float(np.median(shares)) if shares else None
 
     def _layers(self, cell: Cell) -> tuple[float, ...]:

@@ -141,6 +141,18 @@ def textvqa(root: Path) -> Path:
     return root
 
 
+def two_questions(folder: Path) -> Path:
+    """A file of two questions about a picture beside it, the second without an answer."""
+    (seed, first, answer), (_, second, _) = pairs()[:2]
+    scene(seed).save(folder / "a.png")
+    rows = [
+        {"image": "a.png", "question": first, "answer": answer},
+        {"image": "a.png", "question": second, "answer": None},
+    ]
+    lines(folder / "q.jsonl", rows)
+    return folder / "q.jsonl"
+
+
 def pope(root: Path, later: bool = False) -> Path:
     """``later`` spells a question of the random file otherwise, as POPE's later labels do."""
     home, asked = root / "pope", []

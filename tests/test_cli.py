@@ -280,23 +280,37 @@ def test_wrong_usage(cli, scene, arguments):
 # --- the real process ------------------------------------------------------------------------------------------------
 
 
-def test_pipes():
+def piped(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_pipes(cli, monkeypatch):
+    piped(monkeypatch, png(SAMPLES[0].image))
+    code, out, err = cli("ask", "-", QUESTION, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["tokens"]["kept"] == 146
+    piped(monkeypatch, b"")
+    code, out, err = cli("ask", "-", QUESTION)
+    assert (code, out) == (2, "")
+    assert err.startswith("visiontrim: standard input is empty")
+
+
+def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    SAMPLES[0].image.save(buffer, "PNG")
-    done = command("ask", "-", QUESTION, "--json", input=buffer.getvalue(), capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert json.loads(done.stdout)["tokens"]["kept"] == 146
-    done = command("ask", "-", QUESTION, input=b"", capture_output=True)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"visiontrim: standard input is empty")
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_progress_is_for_terminals(scene):
+def test_progress_is_for_terminals():
+    """Of a process of its own, whose input is a pipe."""
     master, slave = os.openpty()
-    done = command(
-        "ask", scene, QUESTION, "--json", stdout=subprocess.PIPE, stderr=slave, env=os.environ | {"TERM": "xterm"}
-    )
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": slave,
+        "env": os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"},
+    }
+    done = command("ask", "-", QUESTION, "--json", input=png(SAMPLES[0].image), **options)
     os.close(slave)
     shown = os.read(master, 65536)
     os.close(master)

@@ -60,15 +60,15 @@ def test_chat_template_gives_the_prompt(bundle):
 
 
 def test_answers_about_canvases_of_three_sizes(bundle):
-    """Two hundred questions; every type is well above guessing."""
+    """A hundred questions; every type is well above guessing."""
     torch.set_num_threads(1)
     right, total = Counter(), Counter()
     for grid in ((12, 12), (12, 16), (16, 10)):
-        samples = list(held_out_canvases(grid, 11))
+        samples = list(held_out_canvases(grid, 6))
         for sample, said in zip(samples, answer(bundle.model, bundle.processor, samples), strict=True):
             right[sample.type] += said == sample.answer
             total[sample.type] += 1
-    assert total.total() >= 200
+    assert total.total() >= 100
     assert right.total() >= 0.9 * total.total(), (right, total)
     assert all(right[type] >= 0.7 * total[type] for type in QWEN_TYPES), (right, total)
 

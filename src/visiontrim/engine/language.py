@@ -42,7 +42,7 @@ from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
 from visiontrim.engine.upstream import PER_TOKEN, Cache, Upstream, given_cache, holds_tokens, recomputes
-from visiontrim.models.family import Family
+from visiontrim.models.family import Family, Kind
 
 
 class LanguageStage:
@@ -51,7 +51,7 @@ class LanguageStage:
     def __init__(
         self,
         family: Family,
-        steps: Mapping[int, Step],
+        steps: Mapping[int, Mapping[Kind, Step]],
         decoding: Decoding | None,
         positions: Positions,
         narrow: bool | Literal["all"],

@@ -12,8 +12,9 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Method, Plan, Positions
 from visiontrim.core.trace import Trace
 from visiontrim.engine.cache import plain_step
-from visiontrim.engine.call import Call
+from visiontrim.engine.call import Call, Chunks
 from visiontrim.engine.checkpointing import InsideHooks
+from visiontrim.engine.chunks import check_chunks
 from visiontrim.engine.context import Clock, Context
 from visiontrim.engine.contract import check_arguments, check_passed
 from visiontrim.engine.encoder import EncoderStage
@@ -72,14 +73,16 @@ class Session:
     ) -> None:
         self._family = family
         self._questions = questions
+        self._positions: Positions = positions
         self.context = context = Context(family.model, finish, clock)
-        upstream = Upstream(family.language_model)
+        self._upstream = upstream = Upstream(family.language_model)
         between, decoding = _between_layers(family, upstream), method.decoding
         sites = dict.fromkeys(family.pictures, pictured := Sites.of(family, method, between))
         if sound is not None:
             sites["audio"] = Sites.of(family, sound, between, "audio")
             _check_sound(sound, method, positions, stages=bool(sites["audio"].language))
         steps = by_layer(sites)
+        self._between = bool(steps) or decoding is not None
         check_arguments(family, upstream, layers=bool(steps) or decoding is not None or positions != "keep")
         _check_layers(family, upstream, steps, decoding)
         if positions == "unmerged":
@@ -123,10 +126,7 @@ class Session:
         config = kwargs.get("generation_config") or self._family.model.generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None:
-            raise TrimError(
-                f"prefill_chunk_size={chunk} shows the method one part of the prompt at a time: use None (removing "
-                "vision tokens shortens the prefill already)"
-            )
+            check_chunks(self._family, self._upstream, self._between, self._positions, chunk)
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         end = ids.shape[1] if mask is None else mask.shape[1]
@@ -141,6 +141,8 @@ class Session:
                 "pass all of the processor's output to generate()"
             )
         call = Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end)
+        if chunk is not None and encodes:
+            call.chunks = Chunks()
         if encodes:  # looked at before the encoder is queued, so that nothing has to be waited for
             call.counted = counted(self._family, ids, mask)
         self.context.begin(call)

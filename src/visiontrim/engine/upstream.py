@@ -27,6 +27,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     StaticLayer,
 )
+from transformers.generation import utils as generation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from visiontrim.core.errors import TrimError
@@ -87,6 +88,11 @@ def given_features(arguments: Mapping[str, Any]) -> bool:
     """Whether keyword arguments bring images that were encoded before."""
     given = (arguments.get(name) or {} for name in FEATURE_NAMES)
     return any(output is not None for outputs in given for output in outputs.values())
+
+
+def slices_features() -> bool:
+    """Whether generate() hands every chunk of a prompt the part of encoded images that it holds."""
+    return hasattr(generation, "_slice_mm_encoder_output")
 
 
 def given_pixels(arguments: Mapping[str, Any]) -> bool:

@@ -84,6 +84,18 @@ def test_chunks_behind_merging_inside_the_encoder():
         check_as_in_one(model, inputs, run, (5,))
 
 
+def test_a_turn_of_text_alone_comes_in_chunks_whatever_the_method():
+    model, inputs = llava(), prompts((3, "image", 5))
+    with vt.trim(model, vt.Random(keep=5) | vt.Random(keep=2, layer=2)):
+        first = generate(model, inputs, max_new_tokens=2)
+        asked = torch.cat([first.sequences, torch.tensor([[50, 51, 52, 53]])], 1)
+        later = {"input_ids": asked, "attention_mask": torch.ones_like(asked), CACHE: cache_of(first)}
+        ours = generate(model, later, max_new_tokens=2, prefill_chunk_size=2)
+        again = generate(model, inputs, max_new_tokens=2)
+        whole = generate(model, later | {CACHE: cache_of(again)}, max_new_tokens=2)
+    close(torch.stack(ours.logits), torch.stack(whole.logits))
+
+
 def test_beams_and_everything_kept():
     model, inputs = llava(), prompts(*ROWS["batch"])
     with vt.trim(model, "random:keep=3"):

@@ -147,6 +147,17 @@ def test_a_bare_forward_numbers_pictures_and_sounds_apart():
     close(ours.logits[:, -1], reference.logits[0])
 
 
+def test_what_was_heard_is_remembered():
+    name, calls = THINKERS[1], []
+    model, inputs = thinker(name), Prompts(name, *BESIDE).batch()
+    handle = model.model.audio_tower.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with vt.trim(model, "random", keep=3, keep_audio="divprune:keep=0.5", remember=2):
+        first, again = (generate(model, inputs, max_new_tokens=1) for _ in range(2))
+    handle.remove()
+    assert len(calls) == 1
+    assert first.logits[0].equal(again.logits[0])
+
+
 def test_every_method_runs_on_sound_or_says_why_not():
     """Those that read nothing of an encoder but its features see a sound as a video of one place."""
     name = THINKERS[0]

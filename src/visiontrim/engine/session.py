@@ -125,8 +125,6 @@ class Session:
             raise TrimError("generate() got no input_ids, in which image placeholders are found: pass input_ids")
         config = kwargs.get("generation_config") or self._family.model.generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if chunk is not None:
-            check_chunks(self._family, self._upstream, self._between, self._positions, chunk)
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         end = ids.shape[1] if mask is None else mask.shape[1]
@@ -142,6 +140,7 @@ class Session:
             )
         call = Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end)
         if chunk is not None and encodes:
+            check_chunks(self._family, self._upstream, self._between, self._positions, chunk)
             call.chunks = Chunks()
         if encodes:  # looked at before the encoder is queued, so that nothing has to be waited for
             call.counted = counted(self._family, ids, mask)

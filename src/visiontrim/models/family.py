@@ -55,6 +55,7 @@ class Family(ABC):
     """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
     axes: int = 3
     """How many numbers, where it is several."""
+    _with_sound: bool = False
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
     no_stages: ClassVar[str] = "lets image tokens attend in both directions"
@@ -78,7 +79,6 @@ class Family(ABC):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
-        self._with_sound = False
 
     @classmethod
     def supports(cls) -> dict[str, Any]:

@@ -42,13 +42,12 @@ def check_as_in_one(model, inputs, run, sizes, **options) -> None:
 
 
 @every_batch
-@pytest.mark.parametrize("positions", ["keep", "compact"])
-@pytest.mark.parametrize("method", ["random:keep=3", "visionzip:keep=5"])
-def test_chunks_are_the_prompt_in_one(rows, positions, method):
+@pytest.mark.parametrize(("method", "positions"), [("random:keep=3", "keep"), ("visionzip:keep=5", "compact")])
+def test_chunks_are_the_prompt_in_one(rows, method, positions):
     """Also those of which nothing is left, and those without an image."""
     model, inputs = llava(), prompts(*ROWS[rows])
     with vt.trim(model, method, positions=positions) as run:
-        check_as_in_one(model, inputs, run, (2, 7, 64))
+        check_as_in_one(model, inputs, run, (3, 64), max_new_tokens=3)
 
 
 def test_chunks_hold_what_one_prefill_holds():
@@ -81,7 +80,7 @@ def test_chunks_of_other_families(name):
 def test_chunks_behind_merging_inside_the_encoder():
     model, inputs = llava(), prompts(*ROWS["batch"])
     with vt.trim(model, "tome:keep=8") as run:
-        check_as_in_one(model, inputs, run, (5,))
+        check_as_in_one(model, inputs, run, (5,), max_new_tokens=2)
 
 
 def test_a_turn_of_text_alone_comes_in_chunks_whatever_the_method():

@@ -19,8 +19,8 @@ from visiontrim.models.family import Family
 class Report:
     """Tokens, cache and arithmetic of one prefill, beside those of the uncompressed prompt.
 
-    Vision tokens are the mean over the prompt's images; cache and FLOPs are those of the whole batch, text and beams
-    included.
+    Vision tokens are the mean over the prompt's images, audio tokens, where a run reduces them, that over its sounds;
+    cache and FLOPs are those of the whole batch, text and beams included.
     """
 
     method: str
@@ -41,6 +41,15 @@ class Report:
     """FLOPs (2 per multiply-add) of the decoder layers in the prefill: weights x tokens, and queries x keys twice."""
     flops_plain: int
     """The same for the uncompressed prompt."""
+    sounds: int = 0
+    """Sounds of the prompt, if the run reduces their tokens; they are no images and are counted apart."""
+    audio_method: str = ""
+    audio_input: float = 0
+    """Tokens of a sound before compression."""
+    audio_kept: float = 0
+    """Tokens of a sound that entered the language model."""
+    audio_per_layer: tuple[float, ...] = ()
+    """Tokens of a sound that each decoder layer processed."""
     notes: tuple[str, ...] = ()
     """What else a reader of these numbers has to know, in sentences without a full stop."""
 
@@ -50,10 +59,15 @@ class Report:
         return sum(self.per_layer) / len(self.per_layer)
 
     @classmethod
-    def of(cls, trace: Trace, method: Method, family: Family, rule: Positions = "keep") -> Report:
-        """Count up ``trace``; ``rule`` is that of position ids."""
+    def of(
+        cls, trace: Trace, method: Method, family: Family, rule: Positions = "keep", sound: Method | None = None
+    ) -> Report:
+        """Count up ``trace``; ``rule`` is that of position ids, ``sound`` the method that reduced audio tokens."""
         layers = len(trace.widths)
-        images = [_Image.of(parts) for _, parts in itertools.groupby(trace.images, key=lambda image: image.number)]
+        images, sounds = (
+            [_Image.of(parts) for _, parts in itertools.groupby(of_kind, key=lambda image: image.number)]
+            for of_kind in (trace.images, trace.sounds)
+        )
         cached = trace.batch * sum(trace.cache_lengths)
         full = trace.past + trace.length
         keys = trace.cache_lengths or trace.attended
@@ -66,12 +80,17 @@ class Report:
             images=len(images),
             input_tokens=_mean(image.total for image in images),
             kept_tokens=_mean(image.per_layer[0] for image in images),
-            per_layer=tuple(_mean(image.per_layer[layer] for image in images) for layer in range(layers)),
+            per_layer=_per_layer(images, layers),
             stages=_stages(images),
             kv_bytes=trace.cache_bytes,
             kv_bytes_plain=trace.cache_bytes * trace.batch * sum(whole) // cached if cached else 0,
             flops=trace.batch * _prefill_flops(family, trace.widths, trace.attended, keys),
             flops_plain=trace.batch * _prefill_flops(family, every, every, whole),
+            sounds=len(sounds),
+            audio_method=str(sound or ""),
+            audio_input=_mean(heard.total for heard in sounds),
+            audio_kept=_mean(heard.per_layer[0] for heard in sounds),
+            audio_per_layer=_per_layer(sounds, layers) if sounds else (),
             notes=(*_whole(images, method), *_beyond(trace, family, rule)),
         )
 
@@ -85,6 +104,12 @@ class Report:
         rows = [
             (f"vision tokens in{self._each}", self.input_tokens, self.kept_tokens, ""),
             (f"mean per layer{self._each}", self.input_tokens, self.mean, ""),
+        ]
+        if self.sounds:
+            each = f", of each of {self.sounds} sounds" if self.sounds > 1 else ""
+            rows.append((f"audio tokens in{each}", self.audio_input, self.audio_kept, ""))
+            rows.append((f"audio per layer{each}", self.audio_input, self._audio_mean, ""))
+        rows += [
             ("KV cache after prefill", self.kv_bytes_plain, self.kv_bytes, "B"),
             ("prefill FLOPs (decoder)", self.flops_plain, self.flops, "FLOP"),
         ]
@@ -100,14 +125,18 @@ class Report:
         """Cache and FLOPs are those of all images, tokens are not."""
         return f", of each of {self.images} images" if self.images > 1 else ""
 
+    @property
+    def _audio_mean(self) -> float:
+        return sum(self.audio_per_layer) / len(self.audio_per_layer)
+
     def __str__(self) -> str:
-        tokens = f"{_count(self.input_tokens)} -> {_count(self.kept_tokens)} vision tokens"
-        if self.images > 1:
-            whole, left = (_count(self.images * mean) for mean in (self.input_tokens, self.kept_tokens))
-            tokens = f"{whole} -> {left} vision tokens of {self.images} images ({tokens} each)"
-        parts = (
-            self.method,
-            f"{tokens}, mean {self.mean:.1f} per layer{' and image' if self.images > 1 else ''}",
+        parts = [self.method]
+        if self.images or not self.sounds:
+            parts.append(_tokens(self.images, "vision", "image", self.input_tokens, self.kept_tokens, self.mean))
+        if self.sounds:
+            audio = (self.audio_input, self.audio_kept, self._audio_mean)
+            parts.append(f"{_tokens(self.sounds, 'audio', 'sound', *audio)} by {self.audio_method}")
+        parts += (
             f"KV {_both(self.kv_bytes_plain, self.kv_bytes, 'B')}",
             f"prefill {_both(self.flops_plain, self.flops, 'FLOP')}",
             *self.notes,
@@ -115,9 +144,19 @@ class Report:
         return " | ".join(parts)
 
 
+def _tokens(number: int, kind: str, noun: str, before: float, after: float, mean: float) -> str:
+    """The tokens of so many images or sounds, all of them and of each."""
+    tokens = f"{_count(before)} -> {_count(after)} {kind} tokens"
+    if number > 1:
+        tokens = (
+            f"{_count(number * before)} -> {_count(number * after)} {kind} tokens of {number} {noun}s ({tokens} each)"
+        )
+    return f"{tokens}, mean {mean:.1f} per layer{f' and {noun}' if number > 1 else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """The parts of one image or video, counted together."""
+    """The parts of one image, video or sound, counted together."""
 
     total: int
     per_layer: tuple[int, ...]
@@ -168,8 +207,12 @@ def _beyond(trace: Trace, family: Family, rule: Positions) -> list[str]:
 
 def _mean(values) -> float:
     values = list(values)
-    mean = sum(values) / len(values)
+    mean = sum(values) / len(values) if values else 0
     return int(mean) if mean == int(mean) else mean
+
+
+def _per_layer(images: list[_Image], layers: int) -> tuple[float, ...]:
+    return tuple(_mean(image.per_layer[layer] for image in images) for layer in range(layers))
 
 
 def _stages(images: list[_Image]) -> tuple[dict[str, Any], ...]:

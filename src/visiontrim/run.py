@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 from PIL import Image
 from transformers import PreTrainedModel
 
-from visiontrim.core.budget import Amount
+from visiontrim.core.budget import Amount, check_amount
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Method, Positions, VisionOutput
 from visiontrim.core.registry import load_method
@@ -22,6 +22,7 @@ from visiontrim.engine.guidance import Questions
 from visiontrim.engine.session import Session
 from visiontrim.engine.sites import Per
 from visiontrim.images import as_seen, deviations
+from visiontrim.methods.controls import Uniform
 from visiontrim.models.family import unwrapped
 from visiontrim.models.text import Reader, TextTower, guidance_of, words_of
 from visiontrim.picture import token_map
@@ -37,6 +38,7 @@ def trim(
     method: str | Path | Mapping[str, Any] | Method = "visiontrim",
     *,
     keep: Amount | None = None,
+    keep_audio: Amount | str | Path | Mapping[str, Any] | Method | None = None,
     question: str | Sequence[str] | None = None,
     text_tower: str | Path | TextTower | None = None,
     processor: Reader | None = None,
@@ -58,6 +60,11 @@ def trim(
             by peft or ``torch.compile``.
         method: a name, ``name:key=value,...``, several joined by ``|``, a recipe file (YAML, JSON), or the object.
         keep: vision tokens per image (int) or their fraction (float in (0, 1]); None takes what the method says.
+        keep_audio: what to keep of every sound, for omni models (their ``thinker``): tokens (int) or a fraction (float)
+            evenly along time, or a method, in any form of ``method``, that is then applied to audio tokens alone. A
+            sound is to it what a video of one place would be: at the audio encoder's output ``random``, ``uniform``,
+            ``divprune``, ``evs`` and others that read nothing else of an encoder; between decoder layers ``fastv`` and
+            others. None leaves sound whole, and it counts as text.
         question: the question, for methods that are guided by text: one for all rows of a batch, or one for each.
             Without it such methods do without guidance. May be changed between calls as ``run.question``.
         text_tower: the CLIP model that the vision encoder was taken from: a hub name, a directory, or a
@@ -90,7 +97,16 @@ def trim(
         raise TrimError(f"per={per!r}: choose from {', '.join(map(repr, get_args(Per)))}")
     if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
         raise TrimError(f"remember={remember!r}: give the number of calls of the encoder to remember, 0 for none")
-    return Run(model, chosen, question, text_tower, processor, positions, per, remember, clock)
+    sound = None if keep_audio is None else _of_sound(keep_audio)
+    return Run(model, chosen, sound, question, text_tower, processor, positions, per, remember, clock)
+
+
+def _of_sound(keep: Any) -> Method:
+    """The method that ``keep_audio`` means."""
+    if isinstance(keep, int | float):
+        check_amount(keep, "keep_audio")
+        return Uniform(keep)
+    return load_method(keep)
 
 
 def current(model: PreTrainedModel) -> Run | None:
@@ -118,6 +134,7 @@ class Run:
         self,
         model: PreTrainedModel,
         method: Method,
+        sound: Method | None,
         question: str | Sequence[str] | None,
         text_tower: str | Path | TextTower | None,
         processor: Reader | None,
@@ -128,8 +145,10 @@ class Run:
     ) -> None:
         self.model = unwrapped(model)
         self.method = method
+        self.audio_method = sound
+        """What is applied to audio tokens; None: they stay whole."""
         self._processor = processor
-        self._family = facts(self.model)
+        self._family = facts(self.model) if sound is None else facts(self.model).with_sound()
         guidance = guidance_of(self._family, text_tower, processor)
         if question is not None and _reads_question(method) and guidance is None:
             raise TrimError(
@@ -141,7 +160,7 @@ class Run:
         self._rule: Positions = rule
         deviation = deviations(getattr(processor, "image_processor", None))
         self._session = Session(
-            self._family, method, rule, per, remember, self._questions, deviation, self._finish, clock
+            self._family, method, sound, rule, per, remember, self._questions, deviation, self._finish, clock
         )
         self._trace: Trace | None = None
         self._attached = False
@@ -195,14 +214,14 @@ class Run:
     @property
     def report(self) -> Report:
         """What the latest prefill saved: one line as text, ``table()`` for rich, ``to_dict()`` for JSON."""
-        return Report.of(self.trace, self.method, self._family, self._rule)
+        return Report.of(self.trace, self.method, self._family, self._rule, self.audio_method)
 
     def picture(self, image: Image.Image, number: int = 0, part: int = 0) -> Image.Image:
         """Draw on ``image``, the prompt's image ``number``, which of its tokens were kept, merged and dropped.
 
         An anyres image has an overview as ``part`` 0 and the mosaic of its tiles as part 1.
         """
-        images = 1 + max(image.number for image in self.trace.images)
+        images = 1 + max((image.number for image in self.trace.images), default=-1)
         parts = [image for image in self.trace.images if image.number == number]
         if not parts:
             raise TrimError(f"there is no image {number}: the prompt had {images}, counted from 0")

@@ -58,6 +58,7 @@ class Trace:
     """One prefill."""
 
     images: tuple[ImageTrace, ...]
+    """Images and videos."""
     batch: int
     """Rows of the prefill, beams included."""
     copies: int
@@ -78,3 +79,5 @@ class Trace:
     """Tokens that each decoder layer's key-value cache holds after the prefill, read from it; () without a cache."""
     cache_bytes: int
     """Bytes of all keys and values after the prefill, read from the cache."""
+    sounds: tuple[ImageTrace, ...] = ()
+    """Sounds whose tokens were to be reduced, counted by themselves, on grids of a frame a token."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from visiontrim.core.signals import Key
@@ -77,6 +77,22 @@ class Counted:
 
 
 @dataclass
+class Chunks:
+    """What is known of a prompt that goes through the language model in chunks (:mod:`.chunks`)."""
+
+    keep: Bool[Tensor, "rows tokens"] | None = None
+    """What of it stays; None: its first chunk is still to come."""
+    groups: list[Group] = field(default_factory=list)
+    """Its segments, beams included."""
+    begin: int = 0
+    """Logical tokens in the cache before it."""
+    origins: list[Int[Tensor, "rows left"]] = field(default_factory=list)
+    """Of every chunk so far the places, in the prompt, of what was left."""
+    positions: list[Tensor] = field(default_factory=list)
+    """Position ids of every chunk so far, uncompressed."""
+
+
+@dataclass
 class Call:
     """What one generate() or one bare forward has shown so far."""
 
@@ -110,6 +126,8 @@ class Call:
     """What steps of decoding leave for each other."""
     checked: Cache | None = None
     """The cache that was found fit to lack tokens."""
+    chunks: Chunks | None = None
+    """Set if generate() cuts the prompt into chunks."""
     alone: bool = False
     """There is no prompt: every image is a row of its own."""
     tiles: Sequence[int] = ()

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Decoding, Step
+from visiontrim.core.method import Decoding
 from visiontrim.core.view import Glance
 from visiontrim.engine.cache import Glanced, Trimmed, make_trimmed, physical_length, trimmed_layer
 from visiontrim.engine.context import Context
@@ -36,7 +36,7 @@ from visiontrim.ops.attention import attention_rows
 class DecodingStage:
     """The steps of decoding of one run. Raises :class:`TrimError` where its layer cannot be what the method wants."""
 
-    def __init__(self, family: Family, decoding: Decoding, steps: Mapping[int, Step], context: Context) -> None:
+    def __init__(self, family: Family, decoding: Decoding, steps: Mapping[int, object], context: Context) -> None:
         self._family = family
         self._model = family.language_model
         self._decoding = decoding
@@ -82,7 +82,8 @@ class DecodingStage:
         if prefill.cache is None:
             return
         alive = prefill.attended
-        image = gather(self._family.placeholders(prefill.call.forward_ids), alive.origin) & alive.valid
+        seen = self._family.placeholders(prefill.call.forward_ids, *self._family.pictures)
+        image = gather(seen, alive.origin) & alive.valid
         places, valid = pack_left(image)
         places = places + physical_length(prefill.cache, self.layer) - image.shape[1]
         held = make_trimmed(prefill.cache, self.layer)

@@ -98,7 +98,7 @@ class Entrance:
         deviation = deviations(getattr(processor, "image_processor", None))
         self._stages = (
             EncoderStage(family, sites.encoder, per, sites.apart, deviation, context),
-            VisionStage(family, sites.vision, per, sites.apart, memory, sites.encoder, self._questions, context),
+            VisionStage(family, dict.fromkeys(family.kinds, sites), per, memory, self._questions, context),
         )
         self._one_at_a_time = threading.Lock()
 
@@ -135,7 +135,7 @@ class Entrance:
                 self._context.end()
                 while removers:
                     removers.pop().remove()
-        features = _joined(check_encoded(output, encode, family.features))
+        features = _joined(check_encoded(output, encode, family.field(kind)))
         deepstack = [_joined(part) for part in getattr(output, "deepstack_features", None) or ()]
         return self._entered(call.groups, features, deepstack, len(call.tiles))
 

@@ -55,14 +55,17 @@ class Alive:
         marks: list[Tensor],
         rows: list[Tensor],
         numbers: Sequence[Sequence[int]],
+        left: tuple[int, ...] | None = None,
     ) -> tuple[Int[Tensor, "batch kept"], Alive]:
         """Drop what ``keep`` does not say; ``columns`` and ``marks`` are the old places of what survives of images.
 
-        ``rows``, and ``numbers`` on the host, are the batch rows of each group's images.
+        ``rows``, and ``numbers`` on the host, are the batch rows of each group's images. ``left`` are the tokens of
+        every row that stay of a chunk of a prompt, if need be none; None: groups tell.
         """
         keep = keep & self.valid
-        lengths = self._lengths(columns, marks, numbers)
-        index, valid = pack_left(keep, None if lengths is None else max(lengths))
+        lengths = self._lengths(columns, marks, numbers) if left is None else left
+        width = None if lengths is None else max(lengths) if left is None else max(1, *lengths)
+        index, valid = pack_left(keep, width)
         if not index.shape[1]:
             raise TrimError("the prompt consists of images alone, and none of their tokens would be left: add text")
         place = keep.cumsum(1) - 1 + (index.shape[1] - keep.sum(1, keepdim=True))
@@ -208,6 +211,10 @@ class Prefill(Forward):
     whole: list[Int[Tensor, "images total"]] = field(default_factory=list)
     """For every group the places, in the uncompressed chunk, of all of its tokens."""
     removals: list[Removal] = field(default_factory=list)
+    staying: Bool[Tensor, "batch length"] | None = None
+    """What stays of a chunk of a prompt, which is known from the start; None: all, or it is no such chunk."""
+    left: tuple[int, ...] | None = None
+    """Of every row how many of these."""
     reserved: int = 0
     """Tokens for which a static cache makes no room."""
     repeated: Repeated | None = None
@@ -222,6 +229,11 @@ class Prefill(Forward):
     def alive_in(self, layer: int) -> Alive | None:
         """The tokens that decoder layer ``layer`` gets; None: all."""
         return next((removal.alive for removal in reversed(self.removals) if removal.start <= layer), None)
+
+    @property
+    def more(self) -> bool:
+        """Whether chunks of the same prompt are still to come."""
+        return self.call.chunks is not None and self.past + self.length < (self.call.prompt_end or 0)
 
     def widths(self, layers: int) -> tuple[int, ...]:
         """Tokens of every row that each of ``layers`` decoder layers processes, padding included."""

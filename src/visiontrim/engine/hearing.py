@@ -27,7 +27,7 @@ from visiontrim.engine.forward import Attended, Prefill
 from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.signals import check_needs
 from visiontrim.engine.upstream import Cache, Upstream
-from visiontrim.models.family import Family
+from visiontrim.models.family import Family, Kind
 from visiontrim.ops.attention import attention_rows
 
 _OF_THE_LAYER_PASSED = {"last_attention", "text_attention", "queries", "keys", "values"}
@@ -49,14 +49,17 @@ class Hearing:
         self,
         family: Family,
         upstream: Upstream,
-        steps: Mapping[int, Step],
+        steps: Mapping[int, Mapping[Kind, Step]],
         decoding: Decoding | None,
         context: Context,
     ) -> None:
         self._family = family
         self._before_answers = set() if decoding is None else {decoding.layer - 1}
         self._context = context
-        self._needs = {layer: DecoderSignals.among(step.needs) for layer, step in steps.items()}
+        self._needs = {
+            layer: DecoderSignals.among(frozenset().union(*(step.needs for step in of_kinds.values())))
+            for layer, of_kinds in steps.items()
+        }
         asked = {layer for layer, needs in self._needs.items() if needs & _OF_THE_LAYER_PASSED}
         self._instead = {layer for layer in asked if layer - 1 in upstream.recurrent}
         """Decoder layers that show what the layer before, which has no attention, cannot."""
@@ -65,7 +68,7 @@ class Hearing:
         self._coming = self._instead | {layer for layer, needs in self._needs.items() if "next_attention" in needs}
         self.remembers = {layer - 1 for layer, needs in self._needs.items() if "previous" in needs}
         """Decoder layers whose input is kept."""
-        for step in steps.values():
+        for step in (step for of_kinds in steps.values() for step in of_kinds.values()):
             check_needs(step, _GIVEN, "between decoder layers")
 
     def attach(self) -> list[AttentionProbe]:
@@ -179,7 +182,7 @@ def _heads_first(values: Tensor) -> Tensor:
 class Asked:
     """The signals that one step asks for, of all images of a prefill; ``norm`` is the coming layer's input norm.
 
-    They are what is chosen by, so none has gradients.
+    They are what is chosen by, so none has gradients. Sound counts as text: it may be the question.
     """
 
     @torch.no_grad()
@@ -194,8 +197,8 @@ class Asked:
         self._layer = step.site.index
         alive = prefill.alive
         image = torch.zeros_like(alive.valid)
-        for rows, *places in zip(prefill.rows, alive.columns, alive.marks, strict=True):
-            for place in places:
+        for group, rows, *places in zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True):
+            for place in places if group.part.kind != "audio" else ():
                 image[rows[:, None], place] = True
         asked = alive.valid & (alive.origin < prefill.prompt_end - prefill.past)
         self._is_text = asked & ~image

@@ -26,6 +26,7 @@ from visiontrim.engine.cache import (
     trimmed_layer,
 )
 from visiontrim.engine.call import Call
+from visiontrim.engine.chunks import begin_chunks, cut, in_chunks, passed
 from visiontrim.engine.context import Context
 from visiontrim.engine.contract import check_cached
 from visiontrim.engine.decoding import DecodingStage
@@ -34,7 +35,7 @@ from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.masks import narrowed_mask
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
-from visiontrim.engine.removals import expected_lengths, note_removals
+from visiontrim.engine.removals import expected_lengths, mark_plain, note_removals
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.rows import claim_row_ends
 from visiontrim.engine.segments import Segments
@@ -42,7 +43,7 @@ from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
 from visiontrim.engine.upstream import PER_TOKEN, Cache, Upstream, given_cache, holds_tokens, recomputes
-from visiontrim.models.family import Family
+from visiontrim.models.family import Family, Kind
 
 
 class LanguageStage:
@@ -51,7 +52,7 @@ class LanguageStage:
     def __init__(
         self,
         family: Family,
-        steps: Mapping[int, Step],
+        steps: Mapping[int, Mapping[Kind, Step]],
         decoding: Decoding | None,
         positions: Positions,
         narrow: bool | Literal["all"],
@@ -128,7 +129,7 @@ class LanguageStage:
             return None
         if call is not None:
             call.passes += 1
-        call = call if call is not None and call.carries_vision else None
+        call = call if call is not None and (call.carries_vision or in_chunks(call, cache)) else None
         use_cache = self._model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if use_cache and call is not None and recomputes(self._model):
             use_cache = kwargs["use_cache"] = False
@@ -142,8 +143,10 @@ class LanguageStage:
         if self._decoding is not None:
             self._decoding.enter(forward)
         first = trimmed_layer(cache, self._upstream.holding(0))
-        if isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
-            self._prune_at_seam(forward, kwargs)
+        if isinstance(forward, Prefill) and forward.staying is not None:
+            self._prune_at_seam(forward, kwargs, forward.staying, [], [])
+        elif isinstance(forward, Prefill) and any(group.kept < group.total for group in forward.groups):
+            self._prune_at_seam(forward, kwargs, *self._survivors(forward, kwargs["inputs_embeds"]))
         elif first is not None:
             if not self._family.bidirectional:  # there it was done before the masks were made
                 kwargs["attention_mask"] = first.logical_mask(forward.mask, forward.past + forward.length)
@@ -199,6 +202,11 @@ class LanguageStage:
         alive = Alive(origin, valid, [], [], self._lengths(call, batch, length, mask))
         held = tuple(0 if cache is None else physical_length(cache, n) for n in range(len(self._model.layers)))
         prefill = Prefill(cache, mask, length, past, positions, call=call, alive=alive, chunk_valid=valid, held=held)
+        if (chunks := call.chunks) is not None:
+            if chunks.keep is None:
+                begin_chunks(chunks, prefill, self._family)
+            cut(chunks, prefill)
+            return prefill
         place_groups(prefill, self._family)
         claim_row_ends(prefill, self._family)
         self._hearing.enter(prefill, embeds)
@@ -213,9 +221,8 @@ class LanguageStage:
             return None
         return tuple(valid for valid in there.valid for _ in range(batch // there.rows))
 
-    def _prune_at_seam(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
-        check_window(prefill.cache, prefill.past + prefill.length)
-        embeds = kwargs["inputs_embeds"]
+    def _survivors(self, prefill: Prefill, embeds: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Which tokens stay, and the places of those of every group, its marks apart."""
         columns = [
             column.gather(1, group.now.index.sort(-1).values)
             for column, group in zip(prefill.alive.columns, prefill.groups, strict=True)
@@ -229,8 +236,17 @@ class LanguageStage:
         keep = ~(image & is_empty_slot(embeds))
         for rows, all_marks, staying in zip(prefill.rows, prefill.alive.marks, marks, strict=True):
             keep[rows[:, None], all_marks[:, staying.shape[1] :]] = False  # some are text
+        return keep, columns, marks
+
+    def _prune_at_seam(
+        self, prefill: Prefill, kwargs: dict[str, Any], keep: Tensor, columns: list[Tensor], marks: list[Tensor]
+    ) -> None:
+        check_window(prefill.cache, prefill.past + prefill.length)
+        embeds = kwargs["inputs_embeds"]
         index = self._segments.narrow(prefill, 0, keep, columns, marks)
-        kwargs["inputs_embeds"] = gather(embeds, index)
+        kwargs["inputs_embeds"] = left = gather(embeds, index)
+        if prefill.alive.padded:  # what stands in for padding may be an empty slot, which is infinite
+            kwargs["inputs_embeds"] = left.masked_fill(~prefill.alive.valid[..., None].to(left.device), 0.0)
         if static(prefill.cache):
             self._reserve(prefill)
         if self._unmerging is not None:
@@ -325,7 +341,12 @@ class LanguageStage:
         prefill.call.prefilled = True
         if self._decoding is not None:
             self._decoding.note(prefill)
-        self._context.finish(trace_of(prefill, layers))
+        if (chunks := prefill.call.chunks) is None:
+            self._context.finish(trace_of(prefill, layers))
+        else:
+            mark_plain(prefill.cache, layers, even=not prefill.more)
+            if (whole := passed(chunks, prefill)) is not None:
+                self._context.finish(trace_of(whole, layers))
         if not prefill.removals:
             return None
         alive, labels = prefill.alive, prefill.call.labels

@@ -36,13 +36,16 @@ def placed(
 ) -> list[Placed]:
     """The segments of what is encoded, by group, or each in a group of its own if they are to be ``apart``.
 
-    ``per`` is that of :meth:`Visual.split`, ``lengths`` that of :meth:`Family.visuals`.
+    ``per`` is that of :meth:`Visual.split` and of no concern to sound, ``lengths`` that of :meth:`Family.visuals`.
     """
+    per = "image" if encoding.kind == "audio" else per
     visuals = family.visuals(encoding.kind, encoding.arguments, lengths)
     device = call.input_ids.device
     owners, images = _located(call, family, encoding.kind, visuals)
     starts = list(itertools.accumulate((visual.length for visual in visuals), initial=0))
-    number = 1 + max((number for group in call.groups for number in group.numbers), default=-1)
+    heard = encoding.kind == "audio"  # sounds are counted by themselves
+    numbers = (n for group in call.groups if (group.part.kind == "audio") == heard for n in group.numbers)
+    number = 1 + max(numbers, default=-1)
     members: dict[tuple[Part, int, int], list[tuple[int, int, Segment]]] = {}
     for tiles in images:
         whole, before = [visuals[tile] for tile in tiles], 0
@@ -80,7 +83,7 @@ def _located(
         there = call.counted
         if there is None or not there.covers(call.input_ids) or there.rows != len(call.input_ids):
             there = call.counted = counted(family, call.input_ids, None)
-        owners = _owners(there.placeholders[kind], visuals)
+        owners = _owners(there.placeholders[kind], visuals, kind)
         return owners, _images(owners, family.placeholders(call.input_ids, kind) if family.adjoining else None)
     call.tiles = call.tiles or [1] * len(visuals)
     if sum(call.tiles) != len(visuals):
@@ -96,7 +99,7 @@ def _located(
     return owners, images
 
 
-def _owners(counts: Sequence[int], visuals: Sequence[Visual]) -> list[tuple[int, int]]:
+def _owners(counts: Sequence[int], visuals: Sequence[Visual], kind: Kind) -> list[tuple[int, int]]:
     """Row of the batch of every image, and which placeholder of that row is its first; ``counts`` are a row's.
 
     Raises :class:`TrimError` if images and placeholders do not fit.
@@ -110,10 +113,11 @@ def _owners(counts: Sequence[int], visuals: Sequence[Visual]) -> list[tuple[int,
         if taken != count:
             break
     total = sum(visual.length for visual in visuals)
+    noun, tokens = ("sound", "audio") if kind == "audio" else ("image", "vision")
     if len(owners) != len(visuals) or sum(counts) != total:
         raise TrimError(
-            f"the prompt has {sum(counts)} image placeholders ({', '.join(map(str, counts))} by row) but the "
-            f"{len(visuals)} images give {total} vision tokens: build prompt and images with one call of the "
+            f"the prompt has {sum(counts)} {noun} placeholders ({', '.join(map(str, counts))} by row) but the "
+            f"{len(visuals)} {noun}s give {total} {tokens} tokens: build prompt and {noun}s with one call of the "
             "model's processor"
         )
     return owners

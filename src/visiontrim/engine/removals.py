@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visiontrim.engine.cache import chunk_mask, make_trimmed, trimmed_layer
 from visiontrim.engine.forward import Alive, Prefill, Removal
-from visiontrim.engine.upstream import holds_tokens
+from visiontrim.engine.upstream import Cache, holds_tokens
 
 
 def expected_lengths(prefill: Prefill, layers: int, narrow_from: int) -> list[int]:
@@ -53,6 +53,11 @@ def note_removals(prefill: Prefill, layers: int, narrow_from: int, compact: bool
                 masks[past] = chunk_mask(cache, index, prefill.past_mask, prefill.past, valid, left.width)
             shift = shorter if shorter is None or layer.shift is None else shorter + layer.shift
             layer.note_removal(prefill.length - left.width, prefill.prompt_end, masks[past], shift)
+    mark_plain(cache, layers, even)
+
+
+def mark_plain(cache: Cache | None, layers: int, even: bool) -> None:
+    """Tell ``cache`` whether the passes to come need no help; ``even``: all layers lack the same."""
     for index in range(layers):
         if (layer := trimmed_layer(cache, index)) is not None:
             layer.plain = even and layer.key_mask is None and layer.shift is None

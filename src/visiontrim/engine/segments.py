@@ -38,7 +38,7 @@ class Segments:
     ) -> Int[Tensor, "batch left"]:
         """Drop tokens from decoder layer ``layer`` on; returns the places, before, of what is left."""
         index, prefill.alive = prefill.alive.narrowed(
-            keep, columns, marks, prefill.rows, [group.rows for group in prefill.groups]
+            keep, columns, marks, prefill.rows, [group.rows for group in prefill.groups], prefill.left
         )
         if prefill.past and self._upstream.recurrent and prefill.alive.padded:
             lengths = prefill.alive.valid.sum(1).tolist()

@@ -5,7 +5,7 @@ It knows the places of tokens and asks a step which stay; it does not drop any.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +19,7 @@ from visiontrim.engine.context import Exact
 from visiontrim.engine.forward import Prefill
 from visiontrim.engine.groups import Group
 from visiontrim.engine.hearing import Asked
-from visiontrim.models.family import Family
+from visiontrim.models.family import Family, Kind
 
 
 def place_groups(prefill: Prefill, family: Family) -> None:
@@ -30,7 +30,7 @@ def place_groups(prefill: Prefill, family: Family) -> None:
     """
     call, ids = prefill.call, prefill.call.forward_ids
     copies = len(ids) // call.rows
-    prefill.groups = [_expanded(group, copies) for group in call.groups]
+    prefill.groups = [expanded(group, copies) for group in call.groups]
     prefill.rows = [torch.tensor(group.rows, device=ids.device) for group in prefill.groups]
     wanted = sum(group.places.numel() + group.marks.numel() for group in prefill.groups)
     there = call.counted
@@ -85,7 +85,8 @@ def checked_select(step: Step, view: View) -> Keep:
     return keep
 
 
-def _expanded(group: Group, copies: int) -> Group:
+def expanded(group: Group, copies: int) -> Group:
+    """The group once every row of the batch is followed by its copies, ``copies`` in all."""
     if copies == 1:
         return group
     rows, images = zip(
@@ -103,13 +104,13 @@ def _expanded(group: Group, copies: int) -> Group:
 
 def select_between_layers(
     prefill: Prefill,
-    step: Step,
+    steps: Mapping[Kind, Step],
     hidden: Float[Tensor, "batch tokens dim"],
     num_layers: int,
     norm: Callable[[Tensor], Tensor],
     exact: Exact,
 ) -> tuple[Tensor, Bool[Tensor, "batch tokens"], list[Tensor] | None, list[Tensor]]:
-    """Let ``step`` select among the vision tokens that are left; ``norm`` is the input norm of the coming layer.
+    """Let a step select among the tokens of its kind that are left; ``norm`` is the input norm of the coming layer.
 
     Returns the hidden states (with merged ones written in), which of their tokens stay, and for every group the places
     of its surviving tokens (None for all groups if all stay) and marks.
@@ -117,12 +118,18 @@ def select_between_layers(
     alive = prefill.alive
     keep = torch.ones_like(alive.valid)
     seen = exact(hidden)
-    asked = Asked(prefill, step, seen, norm)
+    asked = {step: Asked(prefill, step, seen, norm) for step in dict.fromkeys(steps.values())}
     columns, marks, groups, merged = [], [], [], hidden
     for number, (group, rows, column, mark) in enumerate(
         zip(prefill.groups, prefill.rows, alive.columns, alive.marks, strict=True)
     ):
-        decoder, text = asked.of_group(number) if group.kept else (DecoderSignals(), TextSignals())
+        step = steps.get(group.part.kind)
+        if step is None:
+            columns.append(column)
+            marks.append(mark)
+            groups.append(group)
+            continue
+        decoder, text = asked[step].of_group(number) if group.kept else (DecoderSignals(), TextSignals())
         view = View(
             features=seen[rows[:, None], column],
             coordinates=group.coordinates,

@@ -6,14 +6,15 @@ It knows where a call of the model begins and ends, and which stages a method ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Decoding, Method, Plan, Positions, Step
+from visiontrim.core.method import Decoding, Method, Plan, Positions
 from visiontrim.core.trace import Trace
 from visiontrim.engine.cache import plain_step
-from visiontrim.engine.call import Call
+from visiontrim.engine.call import Call, Chunks
 from visiontrim.engine.checkpointing import InsideHooks
+from visiontrim.engine.chunks import check_chunks
 from visiontrim.engine.context import Clock, Context
 from visiontrim.engine.contract import check_arguments, check_passed
 from visiontrim.engine.encoder import EncoderStage
@@ -23,7 +24,8 @@ from visiontrim.engine.memory import Memory
 from visiontrim.engine.pack import blank_slots
 from visiontrim.engine.placing import counted
 from visiontrim.engine.replaced import Replaced
-from visiontrim.engine.sites import Per, Sites
+from visiontrim.engine.select import expanded
+from visiontrim.engine.sites import Per, Sites, by_layer
 from visiontrim.engine.upstream import (
     FEATURE_FIELDS,
     SHARED,
@@ -34,6 +36,7 @@ from visiontrim.engine.upstream import (
     given_cache,
     given_features,
     given_pixels,
+    given_sound,
 )
 from visiontrim.engine.vision import VisionStage
 from visiontrim.models.family import Family
@@ -44,7 +47,8 @@ class Session:
 
     Args:
         family: facts about the model.
-        method: what to do.
+        method: what to do with pictures.
+        sound: what to do with sound, if it is among the family's kinds.
         positions: position ids of survivors.
         per: what a number of tokens is meant for.
         remember: calls of the encoder whose output is kept on the host; a method that acts inside it keeps none.
@@ -58,6 +62,7 @@ class Session:
         self,
         family: Family,
         method: Method,
+        sound: Method | None,
         positions: Positions,
         per: Per,
         remember: int,
@@ -68,20 +73,26 @@ class Session:
     ) -> None:
         self._family = family
         self._questions = questions
+        self._positions: Positions = positions
         self.context = context = Context(family.model, finish, clock)
-        upstream = Upstream(family.language_model)
-        sites, decoding = Sites.of(family, method, _between_layers(family, upstream)), method.decoding
-        check_arguments(family, upstream, layers=bool(sites.language) or decoding is not None or positions != "keep")
-        _check_layers(family, upstream, sites.language, decoding)
+        self._upstream = upstream = Upstream(family.language_model)
+        between, decoding = _between_layers(family, upstream), method.decoding
+        sites = dict.fromkeys(family.pictures, pictured := Sites.of(family, method, between))
+        if sound is not None:
+            sites["audio"] = Sites.of(family, sound, between, "audio")
+            _check_sound(sound, method, positions, stages=bool(sites["audio"].language))
+        steps = by_layer(sites)
+        self._between = bool(steps) or decoding is not None
+        check_arguments(family, upstream, layers=bool(steps) or decoding is not None or positions != "keep")
+        _check_layers(family, upstream, steps, decoding)
         if positions == "unmerged":
             _check_unmerged(upstream)
-        memory = Memory(remember, once_each=not sites.encoder) if remember else None
-        narrow = _narrows_cache(method)
-        language = LanguageStage(family, sites.language, decoding, positions, narrow, upstream, context)
+        memory = Memory(remember, once_each=not pictured.encoder) if remember else None
+        language = LanguageStage(family, steps, decoding, positions, _narrows_cache(method), upstream, context)
         self._quiet = language.quiet
         self._stages = (
-            EncoderStage(family, sites.encoder, per, sites.apart, deviation, context),
-            VisionStage(family, sites.vision, per, sites.apart, memory, sites.encoder, questions, context),
+            EncoderStage(family, pictured.encoder, per, pictured.apart, deviation, context),
+            VisionStage(family, sites, per, memory, questions, context),
             language,
         )
         self._removers: list = []
@@ -114,11 +125,6 @@ class Session:
             raise TrimError("generate() got no input_ids, in which image placeholders are found: pass input_ids")
         config = kwargs.get("generation_config") or self._family.model.generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if chunk is not None:
-            raise TrimError(
-                f"prefill_chunk_size={chunk} shows the method one part of the prompt at a time: use None (removing "
-                "vision tokens shortens the prefill already)"
-            )
         cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         end = ids.shape[1] if mask is None else mask.shape[1]
@@ -126,13 +132,17 @@ class Session:
             ids = ids[:, past:]
         if given_features(kwargs):
             raise TrimError(_FOREIGN_FEATURES)
-        if not given_pixels(kwargs) and bool(self._family.placeholders(ids).any()):
+        encodes = given_pixels(kwargs) or self._hears(kwargs)
+        if not encodes and bool(self._family.placeholders(ids).any()):
             raise TrimError(
                 f"the prompt has {int(self._family.placeholders(ids).sum())} image placeholders but no pixel_values: "
                 "pass all of the processor's output to generate()"
             )
         call = Call(None, ids, samples=ids.shape[0], forward_ids=ids, prompt_end=end)
-        if given_pixels(kwargs):  # looked at before the encoder is queued, so that nothing has to be waited for
+        if chunk is not None and encodes:
+            check_chunks(self._family, self._upstream, self._between, self._positions, chunk)
+            call.chunks = Chunks()
+        if encodes:  # looked at before the encoder is queued, so that nothing has to be waited for
             call.counted = counted(self._family, ids, mask)
         self.context.begin(call)
         try:
@@ -145,10 +155,10 @@ class Session:
             return None
         self._inside.refresh()
         ids = kwargs.get("input_ids", args[0] if args else None)
-        pixels = given_pixels(kwargs)
+        pixels, sound = given_pixels(kwargs), self._hears(kwargs)
         features = given_features(kwargs)
         if ids is None:
-            if pixels or features:
+            if pixels or features or sound:
                 raise TrimError(
                     "the prompt came as inputs_embeds, in which image placeholders cannot be found: pass input_ids"
                 )
@@ -164,19 +174,23 @@ class Session:
                 f"the video tokens of {type(self._family.model).__name__} cannot be told from others: send the frames "
                 "as images, or the video outside of the run"
             )
-        call.carries_vision = pixels or features
+        call.carries_vision = pixels or features or sound
         call.passes = 0
         if call.carries_vision:
             call.forward_ids = ids
-        if pixels:  # the encoder runs within this forward, on its rows
+        if pixels or sound:  # an encoder runs within this forward, on its rows
+            call.groups = [expanded(group, len(ids) // call.rows) for group in call.groups if features]
             call.input_ids = ids
-            call.groups.clear()
             if call.counted is None or not call.counted.covers(ids) or call.counted.rows != len(ids):
                 call.counted = counted(self._family, ids, kwargs.get("attention_mask"))
         if kwargs.get("labels") is None:
             return None
         call.labels = kwargs["labels"].clone()
         return args, kwargs | {"labels": call.labels}
+
+    def _hears(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether arguments bring sound that this run reduces."""
+        return "audio" in self._family.kinds and given_sound(arguments)
 
     def _end_forward(self, module, args, kwargs, output) -> None:
         if self._quiet and plain_step(args, kwargs):
@@ -211,7 +225,22 @@ def _between_layers(family: Family, upstream: Upstream) -> bool:
     return not family.bidirectional and enough and all(type(layer) in kinds for layer in layers)
 
 
-def _check_layers(family: Family, upstream: Upstream, language: Mapping[int, Step], decoding: Decoding | None) -> None:
+def _check_sound(sound: Method, pictured: Method, rule: Positions, stages: bool) -> None:
+    """Refuse for sound what a method decides for all tokens of a prompt; ``stages``: some stand between layers."""
+    if sound.decoding is not None:
+        raise TrimError(f"{sound} chooses what the answer sees of the vision tokens, not of sound: use another method")
+    if _narrows_cache(sound) or (stages and _narrows_cache(pictured)):
+        raise TrimError(
+            f"{sound if _narrows_cache(sound) else pictured} leaves to the cache only what its last stage left, of "
+            "sound and pictures alike: leave it out, or keep_audio= without stages between decoder layers"
+        )
+    if sound.positions in ("members", "unmerged") and sound.positions != rule:
+        raise TrimError(f"{sound} needs positions={sound.positions!r}, a rule for the whole prompt: pass it as well")
+
+
+def _check_layers(
+    family: Family, upstream: Upstream, language: Mapping[int, object], decoding: Decoding | None
+) -> None:
     """Refuse decoders whose layers cannot hold fewer tokens, or each their own number of them where that is asked."""
     inside = language.keys() | (set() if decoding is None else {decoding.layer})
     if inside and family.bidirectional:

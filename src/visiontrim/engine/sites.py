@@ -11,7 +11,7 @@ from typing import Literal
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import DecoderLayer, EncoderLayer, Layers, Method, Step, VisionOutput, check_order
-from visiontrim.models.family import Family
+from visiontrim.models.family import Family, Kind
 
 Per = Literal["image", "tile", "frame"]
 """What a number of tokens is meant for: a whole image or video, each tile of an anyres image, or each frame."""
@@ -22,26 +22,28 @@ class Sites:
     """The steps of a method by their places in one model."""
 
     encoder: Mapping[int, Step]
-    """Before which layer of the vision encoder."""
+    """Before which layer of the encoder."""
     vision: Step | None
     """Between the encoder and the language model."""
     language: Mapping[int, Step]
     """Before which decoder layer."""
 
     @classmethod
-    def of(cls, family: Family, method: Method, between: bool) -> Sites:
+    def of(cls, family: Family, method: Method, between: bool, kind: Kind = "image") -> Sites:
         """The steps of ``method`` in a model. Raises :class:`TrimError` for places that are not there.
 
-        ``between``: whether tokens can be removed between the model's decoder layers.
+        ``between``: whether tokens can be removed between the model's decoder layers. ``kind``: what the steps are for,
+        sound or pictures of any kind.
         """
-        inside = family.depth("image") if family.encoder_layers("image") else 0
-        whole = tuple(layer for layer in range(inside) if not family.windowed("image", layer))
+        inside = family.depth(kind) if family.encoder_layers(kind) else 0
+        whole = tuple(layer for layer in range(inside) if not family.windowed(kind, layer))
         layers = Layers(inside, len(family.language_model.layers), () if len(whole) == inside else whole, between)
         encoder, vision, language = {}, None, {}
         steps = method.steps_for(layers)
         if not inside and any(isinstance(step.site, EncoderLayer) for step in steps):
             raise TrimError(
-                f"{method} acts inside the vision encoder, which is not supported for this model: leave that stage out"
+                f"{method} acts inside the {'audio' if kind == 'audio' else 'vision'} encoder, which is not supported "
+                "for this model: leave that stage out"
             )
         check_order(method, steps)
         for step in steps:
@@ -72,3 +74,12 @@ class Sites:
     def apart(self) -> bool:
         """Whether what a picture shows decides how much is kept, so that each is looked at by itself."""
         return any(step.own_counts for step in self.steps)
+
+
+def by_layer(sites: Mapping[Kind, Sites]) -> dict[int, dict[Kind, Step]]:
+    """By decoder layer, in order, the steps before it, each for its kind of tokens."""
+    layers = sorted({layer for places in sites.values() for layer in places.language})
+    return {
+        layer: {kind: places.language[layer] for kind, places in sites.items() if layer in places.language}
+        for layer in layers
+    }

@@ -15,16 +15,20 @@ def trace_of(prefill: Prefill, layers: int) -> Trace:
     cache = prefill.cache
     batch = prefill.alive.origin.shape[0]
     copies = batch // prefill.call.samples
-    images = sorted(
+    traced = sorted(
         (row, group.numbers[image], group.part.before, place, image)
         for place, group in enumerate(prefill.groups)
         for image, row in enumerate(group.rows)
         if row % copies == 0
     )
+    images, sounds = [], []
+    for row, _, _, place, image in traced:
+        group = prefill.groups[place]
+        (sounds if group.part.kind == "audio" else images).append(group.trace(image, row // copies, layers))
     widths = prefill.widths(layers)
     attended = widths if prefill.repeated is None else (prefill.attended.width,) * layers
     return Trace(
-        images=tuple(prefill.groups[n].trace(image, row // copies, layers) for row, _, _, n, image in images),
+        images=tuple(images),
         batch=batch,
         copies=copies,
         length=prefill.length,
@@ -34,4 +38,5 @@ def trace_of(prefill: Prefill, layers: int) -> Trace:
         positions=prefill.positions,
         cache_lengths=() if cache is None else tuple(physical_length(cache, index) for index in range(layers)),
         cache_bytes=cache_bytes(cache),
+        sounds=tuple(sounds),
     )

@@ -22,7 +22,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
-from visiontrim.core.method import Step
 from visiontrim.engine.cache import chunk_mask
 from visiontrim.engine.context import Context
 from visiontrim.engine.forward import Alive, Forward, Prefill, Repeated
@@ -34,7 +33,7 @@ from visiontrim.models.family import Family
 class Unmerging:
     """Hooks on the attention of every decoder layer. Raises :class:`TrimError` where that cannot work."""
 
-    def __init__(self, family: Family, upstream: Upstream, steps: Mapping[int, Step], context: Context) -> None:
+    def __init__(self, family: Family, upstream: Upstream, steps: Mapping[int, object], context: Context) -> None:
         self._context = context
         self._upstream = upstream
         self._attentions = [family.decoder_attention(layer) for layer in range(len(family.language_model.layers))]

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     StaticLayer,
 )
+from transformers.generation import utils as generation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from visiontrim.core.errors import TrimError
@@ -49,6 +50,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 """What the key-value cache has been called as an argument and as a field of outputs, the newest name first."""
 FEATURE_NAMES = ("mm_encoder_outputs",)
 """What the argument has been called in which generate() hands encoded images on; before 5.19 there was none."""
+SOUND_NAME = "input_features"
+"""The argument with the spectrograms of sounds."""
 FEATURE_FIELDS = ("image_", "video_")
 """How fields begin in which the output of a model hands features of images and videos out."""
 MASKS = {"full_attention": "create_causal_mask", "sliding_attention": "create_sliding_window_causal_mask"}
@@ -87,9 +90,19 @@ def given_features(arguments: Mapping[str, Any]) -> bool:
     return any(output is not None for outputs in given for output in outputs.values())
 
 
+def slices_features() -> bool:
+    """Whether generate() hands every chunk of a prompt the part of encoded images that it holds."""
+    return hasattr(generation, "_slice_mm_encoder_output")
+
+
 def given_pixels(arguments: Mapping[str, Any]) -> bool:
     """Whether keyword arguments bring images or videos that are still to be encoded."""
     return any(value is not None for name, value in arguments.items() if name.startswith("pixel_values"))
+
+
+def given_sound(arguments: Mapping[str, Any]) -> bool:
+    """Whether keyword arguments bring sounds, which a forward encodes itself."""
+    return arguments.get(SOUND_NAME) is not None
 
 
 def recomputes_hooks(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The vision stage: where the encoder's features become vision tokens.
+"""The vision stage: where an encoder's features become tokens, of pictures or of sound.
 
 It knows what was encoded and asks a step which tokens stay; it does not know the language model.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Step
-from visiontrim.core.signals import EncoderSignals, Key, TextSignals, name_of
+from visiontrim.core.signals import EncoderSignals, Key, Signal, TextSignals, name_of
 from visiontrim.core.view import View
 from visiontrim.engine.call import Call, Encoding, Selected
 from visiontrim.engine.context import Context
@@ -32,57 +31,72 @@ from visiontrim.engine.probe import AttentionProbe
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.select import checked_select
 from visiontrim.engine.signals import AT_OUTPUT, check_needs, encoder_signals, of_placeholders, projector_sensitivity
+from visiontrim.engine.sites import Sites
 from visiontrim.models.family import Family, Kind
 
 
 class VisionStage:
-    """Wraps ``get_image_features`` and ``get_video_features``. Features leave in full number, dropped slots marked.
+    """Wraps ``get_image_features``, and those of the other kinds. Features leave in full number, dropped slots marked.
 
     Tokens are selected before the projector where there is one that maps each by itself, else from the finished
-    features. Without a step it only notes which images of which grid were encoded.
+    features. Without a step it only notes which images of which grid were encoded. ``sites`` are those of every kind.
     """
 
     def __init__(
         self,
         family: Family,
-        step: Step | None,
+        sites: Mapping[Kind, Sites],
         per: str,
-        apart: bool,
         memory: Memory | None,
-        inside: Mapping[int, Step],
         questions: Questions,
         context: Context,
     ) -> None:
         self._family = family
-        self._step = step
+        self._steps: dict[Kind, Step | None] = {kind: places.vision for kind, places in sites.items()}
         self._per = per
-        self._apart = apart
+        self._apart = {kind: places.apart for kind, places in sites.items()}
         self._memory = memory
-        needs = frozenset() if step is None else step.needs
-        self._under = needs, tuple(inside.items())
+        needs: dict[Kind, frozenset[Signal]] = {
+            kind: frozenset() if step is None else step.needs for kind, step in self._steps.items()
+        }
+        self._under = {kind: (needs[kind], tuple(places.encoder.items())) for kind, places in sites.items()}
         """What a remembered encoding must have been made for."""
-        self._of_encoder, self._of_text = EncoderSignals.among(needs), TextSignals.among(needs)
-        if step is not None:
-            heard = {EncoderSignals.spelled(name) for name in AT_OUTPUT}
-            others = {TextSignals.spelled(name) for name in TextSignals.names} | {
-                EncoderSignals.spelled(name) for name in ("projected", "sensitivity")
-            }
-            check_needs(step, heard | others, "at the encoder's output", layers=heard)
+        self._of_encoder: dict[Kind, frozenset[Any]] = {
+            kind: EncoderSignals.among(asked) for kind, asked in needs.items()
+        }
+        self._of_text = {kind: TextSignals.among(asked) for kind, asked in needs.items()}
+        for kind, step in self._steps.items():
+            if step is not None:
+                self._check(step, kind)
         self._questions = questions
         self._context = context
+
+    @staticmethod
+    def _check(step: Step, kind: Kind) -> None:
+        """Refuse a step that reads what there is none of."""
+        given = {TextSignals.spelled(name) for name in TextSignals.names} | {EncoderSignals.spelled("projected")}
+        if kind == "audio":
+            check_needs(
+                step, given, "in sound: choose random, uniform, divprune, evs, or stages between decoder layers"
+            )
+            return
+        heard = {EncoderSignals.spelled(name) for name in AT_OUTPUT}
+        given |= heard | {EncoderSignals.spelled("sensitivity")}
+        check_needs(step, given, "at the encoder's output", layers=heard)
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
         family, removers = self._family, []
-        for kind in family.kinds:
+        for kind in self._steps:
             removers.append(Replaced(family.core, f"get_{kind}_features", functools.partial(self._encode, kind)))
         if family.projector is not None:
             removers.append(family.projector.register_forward_pre_hook(self._before_projector))
             removers.append(family.projector.register_forward_hook(self._after_projector))
-        if "joint_last" in self._of_text and family.projector is not None:  # else tokens are no longer its patches
+        # behind other projectors tokens are no longer its patches
+        if "joint_last" in self._of_text["image"] and family.projector is not None:
             removers.append(family.encoder("image").register_forward_hook(self._after_encoder))
         if self._memory is not None:
-            for encoder in {family.encoder(kind) for kind in family.kinds}:
+            for encoder in {family.encoder(kind) for kind in self._steps}:
                 removers.append(Replaced(encoder, "forward", functools.partial(self._remember, self._memory)))
         for module, signals in self._to_hear().items():
             removers.append(AttentionProbe(module, functools.partial(self._hear, signals)))
@@ -91,18 +105,23 @@ class VisionStage:
     def _to_hear(self) -> dict[Any, list[Key]]:
         """The attention modules that signals come from, each with its signals."""
         modules: dict[Any, list[Key]] = {}
-        for kind, signal in itertools.product(self._family.kinds, sorted(self._of_encoder, key=str)):
+        asked: list[tuple[Kind, Any]] = [
+            (kind, signal) for kind in self._steps for signal in sorted(self._of_encoder[kind], key=str)
+        ]
+        for kind, signal in asked:
+            if not (attentions := self._family.attentions(kind)):
+                continue
             name, layer = signal if isinstance(signal, tuple) else (signal, self._family.scored(kind))
-            attentions = self._family.attentions(kind)
             if name == "cls_attention" and not self._family.special_tokens:  # without [CLS] there is this instead
                 name = "received_attention"
                 signal = (name, layer) if isinstance(signal, tuple) else name
             absent = name == "cls_attention_wide" and not self._family.special_tokens
-            if name not in AT_OUTPUT or absent or not attentions:
+            if name not in AT_OUTPUT or absent:
                 continue
             if not -len(attentions) <= layer < len(attentions):
                 raise TrimError(
-                    f"{self._step} reads {name} of encoder layer {layer}, but the encoder has {len(attentions)} layers"
+                    f"{self._steps[kind]} reads {name} of encoder layer {layer}, but the encoder has "
+                    f"{len(attentions)} layers"
                 )
             signals = modules.setdefault(attentions[layer], [])
             signals += [signal] if signal not in signals else []
@@ -119,7 +138,7 @@ class VisionStage:
         try:
             output = encode(*args, **kwargs)
             function = f"{type(family.core).__name__}.get_{kind}_features"
-            together = check_encoded(output, function, family.features)
+            together = check_encoded(output, function, family.field(kind))
             parts = [together] if isinstance(together, Tensor) and together.ndim == 2 else list(together)
             lengths = [part.shape[:-1].numel() for part in parts]
             features = torch.cat([part.flatten(0, -2) for part in parts])
@@ -133,14 +152,14 @@ class VisionStage:
         if encoding.selected is not None:
             features = mark_empty(features, encoding.selected.blank)
             changed = [new.view_as(old) for new, old in zip(features.split(lengths), parts, strict=True)]
-            setattr(output, family.features, features.view_as(together) if isinstance(together, Tensor) else changed)
+            setattr(output, family.field(kind), features.view_as(together) if isinstance(together, Tensor) else changed)
         return output
 
     def _remember(self, memory: Memory, encode: Callable, *args, **kwargs):
         call: Call | None = self._context.call
         if call is None or call.encoding is None:
             return encode(*args, **kwargs)
-        return memory.encode(encode, call.encoding, self._under, args, kwargs)
+        return memory.encode(encode, call.encoding, self._under[call.encoding.kind], args, kwargs)
 
     def _before_projector(self, module, args):
         call: Call | None = self._context.call
@@ -184,8 +203,9 @@ class VisionStage:
         family, features = self._family, tokens.flatten(0, -2)
         source = family.source(encoding.kind, encoding.arguments)
         source = None if source is None else source.to(tokens.device)
-        segments = encoding.placed or placed(call, encoding, family, self._per, self._apart, lengths)
-        inside, step, changed = encoding.inside, self._step, False
+        kind = encoding.kind
+        segments = encoding.placed or placed(call, encoding, family, self._per, self._apart[kind], lengths)
+        inside, step, changed = encoding.inside, self._steps[kind], False
         if step is None and inside is None:
             call.groups += [group for group, _, _ in segments]
             return None
@@ -238,11 +258,11 @@ class VisionStage:
         at: Int[Tensor, "images tokens"],
         signals: dict[Key, Tensor],
     ) -> View:
-        family = self._family
+        family, asked = self._family, self._of_encoder[encoding.kind]
         seen = {key: value.transpose(1, 2) if name_of(key) == "keys" else value for key, value in signals.items()}
-        if "projected" in self._of_encoder:
+        if "projected" in asked:
             seen["projected"] = family.to_language(features)
-        if "sensitivity" in self._of_encoder and family.projector is not None:
+        if "sensitivity" in asked and family.projector is not None:
             seen["sensitivity"] = projector_sensitivity(family, features)
         return View(
             features=features,
@@ -268,15 +288,15 @@ class VisionStage:
         at: Int[Tensor, "images tokens"],
     ) -> TextSignals:
         """What the step asked for of the question, and of the tokens in its space; nothing without a question."""
-        family, questions, asked, seen = self._family, self._questions, self._of_text, {}
+        family, questions, asked, seen = self._family, self._questions, self._of_text[encoding.kind], {}
         if not questions.asked:
             return TextSignals()
         batch, device = call.rows, features.device
         if "words" in asked:
             if questions.words is None:
                 raise TrimError(
-                    f"{self._step} compares vision tokens with the language model's own embeddings of the question: "
-                    "pass processor= so that the question can be read"
+                    f"{self._steps[encoding.kind]} compares vision tokens with the language model's own embeddings of "
+                    "the question: pass processor= so that the question can be read"
                 )
             seen["words"] = questions.for_rows(questions.words, group.rows, batch, device)
         guidance = questions.guidance

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from inspect import Parameter, signature
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from visiontrim.core.errors import TrimError
 from visiontrim.models.layout import Grid, Kind, Packing, Picture, Visual
+from visiontrim.models.parts import ATTENTIONS, FINAL_NORMS, INPUT_NORMS, TEXT_MODELS, first_of
 from visiontrim.models.refused import REFUSED
 
 ENTRY_POINTS = "visiontrim.models"
@@ -24,15 +26,8 @@ RECURRENT = ("linear_attention", "conv")
 """Types of decoder layers, as configurations name them, that carry a state from token to token."""
 
 Arguments = Mapping[str, Any]
-"""What ``get_image_features`` or ``get_video_features`` was called with, by name; ``pixels`` whatever theirs is called
-(``pixel_values``, ``pixel_values_videos``, ...), which differs between releases of transformers."""
-
-
-INPUT_NORMS = ("input_layernorm", "operator_norm", "attention_layernorm")
-FINAL_NORMS = ("norm", "embedding_norm", "final_layer_norm", "final_layernorm")
-ATTENTIONS = ("self_attn", "attention")
-TEXT_MODELS = ("language_model", "text_model")
-"""What text models call these parts."""
+"""What ``get_image_features``, ``get_video_features`` or ``get_audio_features`` was called with, by name; ``pixels``
+whatever theirs is called (``pixel_values``, ``pixel_values_videos``, ...), which differs between releases."""
 
 
 class Family(ABC):
@@ -52,12 +47,15 @@ class Family(ABC):
     """What ``keep`` counts in, see ``per`` of :func:`visiontrim.trim`."""
     video: ClassVar[bool] = False
     """Whether the model takes videos as such."""
+    sound: ClassVar[bool] = False
+    """Whether the model takes sound, whose tokens a run can reduce as well."""
     text_tower: ClassVar[bool] = False
     """Whether tokens are selected in the space of a CLIP encoder, where a CLIP text tower can guide."""
     mrope: ClassVar[bool] = False
     """Whether a position is several numbers (time, row, column), so that survivors can only keep their own."""
     axes: int = 3
     """How many numbers, where it is several."""
+    _with_sound: bool = False
     bidirectional: ClassVar[bool] = False
     """Whether the language model lets the tokens of an image attend to each other in both directions."""
     no_stages: ClassVar[str] = "lets image tokens attend in both directions"
@@ -69,7 +67,7 @@ class Family(ABC):
     adjoining: ClassVar[bool] = False
     """Whether images without text between them are tiles of one image."""
     features: ClassVar[str] = "pooler_output"
-    """Field of what ``get_image_features`` gives in which vision tokens come."""
+    """Field of what ``get_image_features`` gives in which vision tokens come; see :meth:`field`."""
     row_ends: bool = False
     """Whether the processor writes a token of the text's behind every row of an image: see ``engine/rows.py``."""
     merging: ClassVar[str] = "no"
@@ -112,7 +110,7 @@ class Family(ABC):
 
     @abstractmethod
     def encoder(self, kind: Kind) -> Any:
-        """The vision encoder."""
+        """The encoder of pictures, or of sound."""
 
     def input_norm(self, layer: int) -> Callable[[Tensor], Tensor]:
         """What decoder layer ``layer`` does first to its hidden states [..., dim]."""
@@ -133,11 +131,11 @@ class Family(ABC):
     @property
     def final_norm(self) -> Any:
         """The norm after the last decoder layer."""
-        return _first(self.language_model, FINAL_NORMS, "norm after the last layer")
+        return first_of(self.language_model, FINAL_NORMS, "norm after the last layer")
 
     def decoder_attention(self, layer: int) -> Any:
         """The attention module of decoder layer ``layer``."""
-        return _first(self.language_model.layers[layer], ATTENTIONS, "attention module")
+        return first_of(self.language_model.layers[layer], ATTENTIONS, "attention module")
 
     @functools.cached_property
     def recurrent(self) -> frozenset[int]:
@@ -147,15 +145,33 @@ class Family(ABC):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What the model takes besides text."""
-        return ("image", "video") if self.video else ("image",)
+        """What of the model's inputs, besides text, has tokens that can be reduced; sound after :meth:`with_sound`."""
+        pictures: tuple[Kind, ...] = ("image", "video") if self.video else ("image",)
+        return (*pictures, "audio") if self._with_sound else pictures
 
-    def placeholders(
-        self, input_ids: Int[Tensor, "batch tokens"], kind: Kind | None = None
-    ) -> Bool[Tensor, "batch tokens"]:
-        """Which of ``input_ids`` stand for tokens of ``kind``, or of any kind."""
+    def with_sound(self) -> Self:
+        """The same facts with sound among the :attr:`kinds`. Raises :class:`TrimError` for a model that hears none."""
+        if not self.sound:
+            raise TrimError(
+                f"{type(self.model).__name__} takes no sound, or nobody said where its tokens are: leave keep_audio out"
+            )
+        hearing = copy.copy(self)
+        hearing._with_sound = True
+        return hearing
+
+    def field(self, kind: Kind) -> str:
+        """Field of what ``get_image_features``, or that of another ``kind``, gives in which tokens come."""
+        return self.features
+
+    @property
+    def pictures(self) -> tuple[Kind, ...]:
+        """The :attr:`kinds` that are seen, not heard."""
+        return tuple(kind for kind in self.kinds if kind != "audio")
+
+    def placeholders(self, input_ids: Int[Tensor, "batch tokens"], *kinds: Kind) -> Bool[Tensor, "batch tokens"]:
+        """Which of ``input_ids`` stand for tokens of ``kinds``, or of any kind."""
         config = self.model.config
-        ids = [getattr(config, f"{name}_token_id") for name in ((kind,) if kind else self.kinds)]
+        ids = [getattr(config, f"{kind}_token_id") for kind in kinds or self.kinds]
         first, *others = (input_ids == number for number in ids)  # numbers stay on the host
         return functools.reduce(torch.logical_or, others, first)
 
@@ -249,7 +265,7 @@ class Family(ABC):
 
     @abstractmethod
     def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
-        """The images or videos of a call, in the order of their placeholders.
+        """The images, videos or sounds of a call, in the order of their placeholders.
 
         ``lengths`` are the sizes of the tensors in which the features come, None where a projector is still to come.
         """
@@ -310,17 +326,6 @@ def list_families() -> dict[str, type[Family]]:
     """All families by ``model_type``: the package's own and those of plug-ins (entry points ``visiontrim.models``)."""
     _load_plugins()
     return dict(sorted(_registered.items()))
-
-
-def _first(module: Any, names: Sequence[str], what: str) -> Any:
-    """The part of ``module`` that has one of ``names``. Raises :class:`TrimError` if there is none."""
-    for name in names:
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise TrimError(
-        f"the {what} of {type(module).__name__} is not known (looked for {', '.join(names)}): use a method's vision "
-        "stage, or write the fact down (CONTRIBUTING.md)"
-    )
 
 
 def _unchanged(hidden: Tensor) -> Tensor:

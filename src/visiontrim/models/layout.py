@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Grid = tuple[int, int, int]
-"""(frames, rows, columns) of tokens."""
-Kind = Literal["image", "video"]
+"""(frames, rows, columns) of tokens. Sound has a frame a token."""
+Kind = Literal["image", "video", "audio"]
 
 
 @dataclass(frozen=True, slots=True)

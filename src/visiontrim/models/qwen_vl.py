@@ -153,10 +153,47 @@ class _Whole(QwenVL):
 
 @register_family
 class OmniThinker(_Whole):
-    """The thinker of an omni model. Its sound is left alone, also where it is interleaved with a video."""
+    """The thinker of an omni model. Its sound may stand between the frames of a video, in the order of time."""
 
-    model_types = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
-    checkpoints = "the thinkers of Qwen2.5-Omni and Qwen3-Omni; sound passes whole"
+    model_types = ("qwen2_5_omni_thinker",)
+    checkpoints = "the thinker of Qwen2.5-Omni; sound whole, or `keep_audio=`"
+    sound = True
+
+    def encoder(self, kind: Kind) -> Any:
+        return self.core.audio_tower if kind == "audio" else super().encoder(kind)
+
+    def attentions(self, kind: Kind) -> Sequence[Any]:
+        return () if kind == "audio" else super().attentions(kind)
+
+    def field(self, kind: Kind) -> str:
+        return "last_hidden_state" if kind == "audio" else super().field(kind)
+
+    def visuals(self, kind: Kind, arguments: Arguments, lengths: Sequence[int] | None) -> list[Visual]:
+        if kind != "audio":
+            return super().visuals(kind, arguments, lengths)
+        frames = arguments["feature_attention_mask"].sum(-1).tolist()
+        return [Visual.of_grid((self._heard(count), 1, 1)) for count in frames]
+
+    def _heard(self, frames: int) -> int:
+        """Tokens of so many frames of a spectrogram: one convolution of stride 2, and the mean of every two."""
+        return _halved(frames) // 2
+
+
+@register_family
+class Qwen3OmniThinker(OmniThinker):
+    """Its sound is cut into windows, each of which goes through three convolutions of stride 2."""
+
+    model_types = ("qwen3_omni_moe_thinker",)
+    checkpoints = "the thinker of Qwen3-Omni; sound whole, or `keep_audio=`"
+
+    def _heard(self, frames: int) -> int:
+        window = 2 * self.encoder("audio").n_window
+        whole, rest = divmod(frames, window)
+        return sum(count * _halved(_halved(_halved(size))) for count, size in ((whole, window), (1, rest)))
+
+
+def _halved(frames: int) -> int:
+    return (frames + 1) // 2
 
 
 @register_family

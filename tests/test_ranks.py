@@ -43,12 +43,10 @@ def split_heads(model, rank: int) -> None:
         attention.out_proj = Rowwise(attention.out_proj, own)
 
 
-def pixels():
-    return {"pixel_values": Prompts("llava", (3, "image", 5, "image", 2)).batch()["pixel_values"]}
-
-
 def chosen(model, method, ranks=None):
-    return [(image.index, image.features) for image in Entrance(model.model, method, ranks=ranks)(**pixels())]
+    pixels = Prompts("llava", (3, "image", 5, "image", 2)).batch()["pixel_values"]
+    entered = Entrance(model.model, method, ranks=ranks)(pixel_values=pixels)
+    return [(image.index, image.features) for image in entered]
 
 
 def of_rank(rank: int, folder: Path) -> None:

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 from PIL import Image
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+import ray
 from visiontrim import zoo
 
 
@@ -49,6 +49,7 @@ def answers(rows: Path, model: str, options: dict[str, Any], gpus: int = 1, **en
         batch_size=16,
         concurrency=1,
         should_continue_on_error=True,
+        log_engine_metrics=False,  # vLLM has its own; those for Ray want Ray Serve beside it
         placement_group_config=None if gpus else {"bundles": [{"CPU": 1}]},
     )
     processor = build_processor(config, preprocess=partial(ask, folder=rows.parent), postprocess=answered)

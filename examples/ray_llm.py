@@ -3,12 +3,14 @@
     python examples/ray_llm.py ROWS.jsonl FOLDER [MODEL]
 
 needs ray, vllm and visiontrim-vllm. Each line of ROWS.jsonl has ``image``, a path beside it, ``question``, and, if it
-wants another budget than the others, ``keep``. FOLDER gets JSON lines, in parts; a row that fails has an ``error``
-there. Nothing here belongs to visiontrim but the two options named so: what Ray hands on to vLLM, the plug-in hears.
+wants another budget than the others, ``keep``. FOLDER gets JSON lines, in parts; a row that fails is there with all its
+columns and a text as ``__inference_error__``. Nothing here belongs to visiontrim but the two options of that name: what
+Ray hands on to vLLM, the plug-in hears.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,8 +25,9 @@ from visiontrim import zoo
 
 def ask(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the stages get for a row. Pictures are opened here, so that the engine never waits for them."""
+    row = json.loads(row["text"])  # read_json would make one column of whole numbers and fractions, and gaps NaN
     content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
-    return {
+    return row | {
         "messages": [{"role": "user", "content": content}],
         "multimodal_data": {"image": Image.open(folder / row["image"]).convert("RGB")},
         "mm_processor_kwargs": {"visiontrim": {"question": row["question"], "keep": row.get("keep")}},
@@ -35,8 +38,7 @@ def ask(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 def answered(row: dict[str, Any]) -> dict[str, Any]:
     """What is kept of what the stages say about a row."""
     kept = {name: row[name] for name in ("image", "question")}
-    tokens, error = row["num_input_tokens"], row["__inference_error__"] or None
-    return kept | {"answer": row["generated_text"].strip(), "prompt_tokens": tokens, "error": error}
+    return kept | {"answer": row["generated_text"].strip(), "prompt_tokens": row["num_input_tokens"]}
 
 
 def answers(rows: Path, model: str, options: dict[str, Any], gpus: int = 1, **engine: Any) -> ray.data.Dataset:
@@ -53,7 +55,7 @@ def answers(rows: Path, model: str, options: dict[str, Any], gpus: int = 1, **en
         placement_group_config=None if gpus else {"bundles": [{"CPU": 1}]},
     )
     processor = build_processor(config, preprocess=partial(ask, folder=rows.parent), postprocess=answered)
-    return processor(ray.data.read_json(str(rows), lines=True))
+    return processor(ray.data.read_text(str(rows)))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def test_the_example(tmp_path):
     said = {row["image"]: row for part in parts for row in map(json.loads, part.read_text().splitlines())}
     assert set(said) == {row["image"] for row in rows}
     bad = said.pop("7.png")
-    assert "keep=0 keeps nothing" in bad["error"]
-    assert not [row["error"] for row in said.values() if row["error"]]
+    assert "keep=0 keeps nothing" in bad["__inference_error__"]
+    assert not [row for row in said.values() if row["__inference_error__"]]
     right = [said[f"{n}.png"]["answer"] == sample.answer for n, sample in enumerate(samples) if n != 7]
     assert sum(right) >= 9
     assert said["11.png"]["prompt_tokens"] == said["0.png"]["prompt_tokens"] - 32

@@ -64,9 +64,8 @@ if __name__ == "__main__":
         said = answers(Path(table), named[0], {"method": "visiontrim", "keep": 64})
     else:  # the bundled model on a CPU, where vLLM wants most of the memory unless it is told how much to take
         own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        ray.init(
-            num_cpus=8, include_dashboard=False, runtime_env={"env_vars": own}
-        )  # if the engine held all, reading would wait for ever
+        # if the engine held all CPUs, reading would wait for ever
+        ray.init(num_cpus=8, include_dashboard=False, runtime_env={"env_vars": own})
         options = {"method": "visiontrim", "keep": 64, "text_tower": str(zoo.CLIP_DIR)}
         small = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8}
         said = answers(Path(table), str(zoo.MODEL_DIR), options, gpus=0, **small)

@@ -43,6 +43,7 @@ def test_a_request_overrides_the_server_and_counts_are_known_beforehand():
     assert server.asked({"positions": "compact"}, several=False).compact
     assert not server.asked({"positions": "compact"}, several=True).compact
     assert Asked.of(asked.to_json()) == asked
+    assert server.asked({"keep": None, "question": "what?"}, several=False) == asked, "as a table has it"
     assert options().method is None
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from visiontrim.core.errors import TrimError
 from visiontrim.core.trace import Trace
+from visiontrim.core.view import Keep
 from visiontrim.engine.call import Call
 from visiontrim.engine.forward import Forward
+from visiontrim.engine.ranks import Ranks
 
 Clock = Callable[[str], AbstractContextManager]
 """Gives a context that times what runs in it under a name."""
@@ -34,10 +36,18 @@ class Context:
         model: the model of transformers.
         finish: called with the trace of every prefill that held images.
         clock: times the method's own work under the name "method".
+        ranks: the processes that share the encoder; None: it is in this one.
     """
 
-    def __init__(self, model: Any, finish: Callable[[Trace], None], clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        finish: Callable[[Trace], None],
+        clock: Clock | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._model = model
+        self._ranks = ranks
         self.finish = finish
         self._clock: Clock = clock if clock is not None else lambda name: nullcontext()
         self._call: ContextVar[Call | None] = ContextVar("visiontrim_call", default=None)
@@ -117,6 +127,14 @@ class Context:
         """What is computed for the method to choose by: timed with its work, and without gradients."""
         with self.choosing(), torch.no_grad():
             yield
+
+    def heads(self, own: Tensor) -> Tensor:
+        """Queries or keys of all heads of the encoder, of those that this process has."""
+        return own if self._ranks is None else self._ranks.heads(own)
+
+    def agreed(self, keep: Keep) -> Keep:
+        """What all processes that share the encoder keep."""
+        return keep if self._ranks is None else self._ranks.agreed(keep)
 
     def _as_weights(self, features: Tensor) -> Tensor:
         return features.to(self._model.dtype)

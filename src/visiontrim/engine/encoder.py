@@ -135,7 +135,9 @@ class EncoderStage:
         for number, features in enumerate(tokens):
             signals: dict[Key, Tensor] = {name: values[number].mean(2) for name, values in heard.items()}
             signals |= {name: values[number] for name, values in pixels.items()}
-            keep = checked_select(step, self._view(encoding, inside, number, exact(features), signals))
+            keep = self._context.agreed(
+                checked_select(step, self._view(encoding, inside, number, exact(features), signals))
+            )
             keeps.append(keep)
             outputs.append(gather(features, keep.index) if keep.features is None else keep.features.to(hidden.dtype))
         encoding.inside = after = inside.after(keeps, step)
@@ -211,6 +213,7 @@ class EncoderStage:
         if not self._family.special_tokens:
             needs.discard("cls_query")
         with self._context.hearing():
+            query, key = self._context.heads(query), self._context.heads(key)
             for name, value in encoder_signals(self._family, encoding, needs, query, key, scaling):
                 encoding.between.setdefault(name, []).append(value)
 

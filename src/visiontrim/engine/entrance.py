@@ -27,6 +27,7 @@ from visiontrim.engine.encoder import EncoderStage
 from visiontrim.engine.groups import Group
 from visiontrim.engine.guidance import Questions
 from visiontrim.engine.memory import Memory
+from visiontrim.engine.ranks import Ranks
 from visiontrim.engine.sites import Per, Sites
 from visiontrim.engine.vision import VisionStage
 from visiontrim.images import deviations
@@ -63,6 +64,7 @@ class Entrance:
         per: see :func:`visiontrim.trim`.
         memory: what remembers the encoder's outputs; several entrances of one model may share it. None: nothing does.
         clock: times the method's own work.
+        ranks: the processes that share the encoder, each of which calls its own entrance; None: it is in this one.
 
     Raises:
         TrimError: for a method that acts inside the language model, or needs its positions changed.
@@ -78,6 +80,7 @@ class Entrance:
         per: Per = "image",
         memory: Memory | None = None,
         clock: Clock | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._family = family = family_of(unwrapped(core))
         self.sites = sites = Sites.of(family, method, between=False)
@@ -94,7 +97,7 @@ class Entrance:
                 "method"
             )
         self._questions = Questions(guidance_of(family, text_tower, processor), words_of(family, processor), None)
-        self._context = context = Context(family.model, lambda trace: None, clock)
+        self._context = context = Context(family.model, lambda trace: None, clock, ranks)
         deviation = deviations(getattr(processor, "image_processor", None))
         self._stages = (
             EncoderStage(family, sites.encoder, per, sites.apart, deviation, context),

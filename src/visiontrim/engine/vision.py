@@ -193,6 +193,7 @@ class VisionStage:
         if call is None or call.encoding is None:
             return
         with self._context.hearing():
+            query, key = self._context.heads(query), self._context.heads(key)
             for signal, value in encoder_signals(self._family, call.encoding, signals, query, key, scaling):
                 call.encoding.heard.setdefault(signal, []).append(value)
 
@@ -222,7 +223,9 @@ class VisionStage:
             if step is not None:
                 with self._context.choosing() as exact:
                     here: dict[Key, Tensor] = {signal: value[index] for signal, value in signals.items()}
-                    keep = checked_select(step, self._view(call, encoding, old, exact(features[at]), at, here))
+                    keep = self._context.agreed(
+                        checked_select(step, self._view(call, encoding, old, exact(features[at]), at, here))
+                    )
                 group, merged = old.after(keep, step.site), keep.features
                 merged = features[at.gather(1, keep.index)] if merged is None else merged
                 at = at.gather(1, keep.index.sort(-1).values)

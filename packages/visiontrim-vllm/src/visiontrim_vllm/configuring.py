@@ -38,11 +38,11 @@ class Configured(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: Any) -> None:
         if Options.of(vllm_config.model_config.hf_config).method is None:
             return
-        parallel = vllm_config.parallel_config
-        if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        if stages > 1:
             raise TrimError(
-                f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} GPUs share the model, but "
-                "all of its encoder must be heard to choose: serve it on one, or several copies (--data-parallel-size)"
+                f"the model is served in {stages} stages, of which only the first one sees images and their places: "
+                "share it by --tensor-parallel-size, or serve several copies (--data-parallel-size)"
             )
         compilation = vllm_config.compilation_config
         for name in ("compile_mm_encoder", "cudagraph_mm_encoder"):

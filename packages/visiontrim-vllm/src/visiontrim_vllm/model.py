@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
 from vllm.model_executor.models.transformers.multimodal import (
     MultiModalDummyInputsBuilder,
@@ -25,6 +27,8 @@ from visiontrim.core.errors import TrimError
 from visiontrim.core.registry import load_method
 from visiontrim.engine.entrance import Entrance
 from visiontrim.engine.memory import Memory
+from visiontrim.engine.ranks import Ranks
+from visiontrim.models.family import family_of
 from visiontrim.models.text import TextTower
 from visiontrim_vllm.configuring import SEVERAL
 from visiontrim_vllm.options import Asked, Options
@@ -50,9 +54,11 @@ class Trimmed(TransformersMultiModalForCausalLM):
         self.channels = 3 if self.several else 1
         self._entrances: OrderedDict[str, Entrance] = OrderedDict()
         self._memory = Memory(options.remember, once_each=False) if options.remember else None
-        self._tower = self._processor = None
+        self._tower = self._processor = self._ranks = None
         if not self.sets_positions:
             return
+        if (group := get_tp_group()).world_size > 1:
+            self._ranks = Ranks(group.device_group, _heads_are_split(self.model))
         self._processor = cached_processor_from_config(self.model_config)
         if options.text_tower is not None:
             self._tower = TextTower.from_pretrained(options.text_tower, dtype=self.model_config.dtype)
@@ -131,7 +137,14 @@ class Trimmed(TransformersMultiModalForCausalLM):
             self._entrances.move_to_end(recipe)
             return self._entrances[recipe]
         method = load_method(json.loads(recipe) if recipe else "none")
-        entrance = Entrance(self.model, method, text_tower=self._tower, processor=self._processor, memory=self._memory)
+        entrance = Entrance(
+            self.model,
+            method,
+            text_tower=self._tower,
+            processor=self._processor,
+            memory=self._memory,
+            ranks=self._ranks,
+        )
         self._entrances[recipe] = entrance
         if len(self._entrances) > ENTRANCES:
             self._entrances.popitem(last=False)
@@ -166,6 +179,20 @@ class Trimmed(TransformersMultiModalForCausalLM):
     def _placeholders(self) -> list[int]:
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
         return [token for name in names if (token := getattr(self.config, name, None)) is not None]
+
+
+def _heads_are_split(core: Any) -> bool:
+    """Whether vLLM gave each rank a part of the encoder's heads; where it could not, each has a whole encoder."""
+    family, found = family_of(core), set[bool]()
+    for kind in family.kinds:
+        for attention in family.attentions(kind):
+            parts = [part for part in attention.modules() if isinstance(part, ColumnParallelLinear)]
+            found.add(any(part.tp_size > 1 and not part.gather_output for part in parts))
+    if len(found) > 1:
+        raise TrimError(
+            "vLLM shares some attention modules of the encoder among its ranks, and others not: serve on one"
+        )
+    return found == {True}
 
 
 def _span(feature: Any) -> int:

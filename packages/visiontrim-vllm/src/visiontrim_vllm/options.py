@@ -81,6 +81,8 @@ class Options:
         ``question`` is what stands in the prompt, for requests that do not say it.
         """
         _check(request, REQUEST)
+        # tables hand on every key of every row
+        request = {key: value for key, value in request.items() if value is not None}
         spec = request.get("method", self.method)
         if spec in (None, "none"):
             return Asked("", "", False)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.transformers.multimodal import MultiModalProcessor, _get_embed_token_id
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
@@ -23,6 +24,10 @@ ASKED, COUNTS = "visiontrim_asked", "visiontrim_counts"
 """Fields of an image: what is asked for, as bytes; and its tokens, how many stay, over how many positions it goes."""
 
 
+class BadRequestError(VLLMValidationError, TrimError):
+    """A request that cannot be served. Of errors that are not its own vLLM's asynchronous engine tells no reason."""
+
+
 class Trimming(MultiModalProcessor):
     """vLLM's processor for the models of transformers, with fewer placeholders for each image."""
 
@@ -31,14 +36,20 @@ class Trimming(MultiModalProcessor):
         return Options.of(self.info.get_hf_config())
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        try:
+            return super().apply(self._with_asked(inputs), timing_ctx)
+        except TrimError as error:
+            raise BadRequestError(str(error)) from error
+
+    def _with_asked(self, inputs: Any) -> Any:
         given = inputs.hf_processor_mm_kwargs
         if self.options.method is not None and inputs.mm_data_items.get("image"):
             config, request = self.info.get_hf_config(), given.get(KEY) or {}
             asked = self.options.asked(request, getattr(config, SEVERAL), self._question(inputs.prompt))
-            inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs={**given, KEY: asked.to_json()})
-        elif KEY in given:
+            return dataclasses.replace(inputs, hf_processor_mm_kwargs={**given, KEY: asked.to_json()})
+        if KEY in given:
             raise TrimError(f"{KEY} is asked for, but this server is not configured for it, or there is no image")
-        return super().apply(inputs, timing_ctx)
+        return inputs
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         rest = {key: value for key, value in hf_kwargs.items() if key != KEY}

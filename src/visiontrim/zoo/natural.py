@@ -40,10 +40,12 @@ from visiontrim.zoo.scenes import (
 STRING = "string"
 """A kind of its own: two to four characters beside each other in one colour; its value is "7A3"."""
 
-NATURAL = World("natural", (3, 6), (4, 14), (7, 10), (20, 32), (32, 48), 0.3)
+NATURAL = World("natural", (3, 6), (4, 14), (7, 10), (17, 28), (28, 44), 0.3)
 """``character_radius`` is that of small objects, of every kind; ``small_radius`` and ``large_radius`` of the others."""
 
-STRING_RADIUS: Range = (7.5, 12)
+LARGE_CHARACTER: Range = (9, 16)
+"""Of digits and letters that are not small."""
+STRING_RADIUS: Range = (7.5, 11)
 """Of each character of a string."""
 STRINGS = 0.55
 """Share of the scenes with a string."""
@@ -202,7 +204,7 @@ def _one(
     color = color or rng.choice(palette)
     value = {"digit": DIGITS, "letter": LETTERS}.get(kind)
     text = rng.choice(value) if value else None
-    radius = rng.uniform(*size)
+    radius = rng.uniform(*(LARGE_CHARACTER if text and size != NATURAL.character_radius else size))
     height = radius
     if kind == STRING:
         text = "".join(rng.choice(DIGITS + LETTERS) for _ in range(rng.choice((2, 2, 3, 3, 4))))

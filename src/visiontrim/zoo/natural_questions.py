@@ -106,4 +106,5 @@ def _string(rng: random.Random, objects: Sequence[Object]) -> Question | None:
 
 
 _MORE: dict[str, Callable[[random.Random, Sequence[Object]], Question | None]] = {"point": _point, "string": _string}
-NATURAL_TYPES = (*TYPES, *_MORE)
+MORE_TYPES = tuple(_MORE)
+NATURAL_TYPES = (*TYPES, *MORE_TYPES)

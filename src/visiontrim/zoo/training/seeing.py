@@ -51,27 +51,27 @@ BAG = len(COLORS) * len(NATURAL_KINDS) + len(CHARACTERS) + len(COLORS) * PLACES*
 class SeeingStage(Stage):
     """Everything that the weights of the towers and of the projector depend on, besides the bundled model's."""
 
-    steps: int = 900
-    peak_rate: float = 1.2e-3
+    steps: int = 700
+    peak_rate: float = 1e-3
     final_rate: float = 2.5e-4
-    warmup: int = 40
+    warmup: int = 25
     clip_norm: float = 2.0
     weight_decay: float = 0.03
     hidden: int = 192
     first: int = 0
-    pool: int = 6_000
+    pool: int = 4_000
     """Training scenes; they come again when all were seen."""
     scenes: int = 16
     """Scenes a step that sees a part of the patches."""
-    whole_scenes: int = 4
+    whole_scenes: int = 3
     """Scenes a step that sees all of them."""
-    whole: float = 0.25
+    whole: float = 0.2
     """Share of such steps."""
-    patches: int = 160
-    """Seen of a scene in the other steps: those of small objects, and random ones."""
+    patches: int = 128
+    """Seen of a scene in the other steps: those of small objects and of characters, and random ones."""
     bag: float = 0.5
     """Weight of what [CLS] says."""
-    text_every: int = 2
+    text_every: int = 3
     """Every so many steps have the losses of the joint space."""
 
 
@@ -305,9 +305,10 @@ def natural_scene(number: int) -> NaturalScene:
 
 
 def some_patches(facts: Facts, count: int, generator: torch.Generator) -> Int[Tensor, "scenes {count}"]:
-    """Random patches, ascending, with those of small objects and one of every other object among them."""
+    """Patches, ascending: those of characters and small objects, which are nothing in parts, then random ones."""
     score = torch.rand(facts.owner.shape, generator=generator)
-    score += 2 * ((facts.size > 0) & (facts.size <= 8)).float()
+    score += 0.3 * (facts.owner > 0)
+    score += 2 * ((facts.words[..., 2] != PAD) | ((facts.size > 0) & (facts.size <= 10))).float()
     return score.topk(count, dim=1).indices.sort(dim=1).values
 
 

@@ -79,10 +79,9 @@ class Glyph:
 
 def draw_natural(seed: int) -> NaturalScene:
     """The natural scene of this seed, always the same one."""
-    rng = random.Random(f"{NATURAL.name} {seed}")
-    noise = np.random.default_rng(seed)
+    rng, noise = random.Random(f"{NATURAL.name} {seed}"), np.random.default_rng(seed)
     pixels = _background(rng)
-    placed = _place(rng)
+    placed = _place(seed)
     owners = np.zeros((SIZE, SIZE), np.int16)
     letters = np.zeros((SIZE, SIZE), np.int16)
     glyphs: list[Glyph] = []
@@ -103,6 +102,11 @@ def draw_natural(seed: int) -> NaturalScene:
     owner = _owner(owners, objects)
     character, middle = _facts(owner, letters, objects, glyphs)
     return NaturalScene(image, objects, owner, character, middle)
+
+
+def natural_objects(seed: int) -> tuple[Object, ...]:
+    """The objects of this scene, without its picture."""
+    return tuple(obj for obj, _ in _place(seed))
 
 
 def glyphs_of(obj: Object) -> list[Glyph]:
@@ -168,8 +172,9 @@ _SLOPE = np.linspace(-1, 1, SIZE, dtype=np.float32)
 Placed = tuple[Object, RGB]
 
 
-def _place(rng: random.Random) -> list[Placed]:
+def _place(seed: int) -> list[Placed]:
     """Objects, large ones first: what is drawn later may cover a part of what was drawn before."""
+    rng = random.Random(f"{NATURAL.name} {seed} objects")
     palette = rng.sample(list(COLORS), rng.randint(4, 7))
     shapes = rng.sample(SHAPES, rng.randint(3, 6))
     total = rng.randint(*NATURAL.objects)

@@ -11,18 +11,28 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from visiontrim.zoo.natural import STRING
-from visiontrim.zoo.questions import CHARACTERS, TYPES, WORDS, Question, ask
+from visiontrim.zoo.questions import ASKABLE, CHARACTERS, TYPES, WORDS, Question, ask, normalise
 from visiontrim.zoo.scenes import SIZE, Object
 
+POINT = "point"
+"""The type of question that is answered by a cell."""
 MORE_WORDS = (STRING, "row", "column")
 NATURAL_WORDS = (*WORDS, *MORE_WORDS)
 """The vocabulary of the model of natural scenes: that of the bundled one, and three words at its end."""
+
+LONGEST = 5
+"""Words of the longest answers, "row 2 column 5" and strings of four, with the token that ends them."""
 
 CELLS = 6
 """Rows and columns of the grid that pointing counts in; a cell has 32 x 32 pixels, 4 x 4 patches."""
 CELL = SIZE // CELLS
 CLEAR = 3
 """Pixels between a centre that is asked for and the border of its cell, at least."""
+
+
+def normalise_natural(question: str) -> str:
+    """As :func:`visiontrim.zoo.normalise`, with the words for strings and pointing."""
+    return normalise(question, ASKABLE | set(MORE_WORDS))
 
 
 def ask_natural(rng: random.Random, objects: Sequence[Object], type: str) -> Question | None:
@@ -63,7 +73,7 @@ def _point(rng: random.Random, objects: Sequence[Object]) -> Question | None:
         return None
     o = rng.choice(clear)
     row, column = cell_of(o.x, o.y)
-    return Question("point", f"what row and column is the {o.color} {o.kind} ?", f"row {row} column {column}")
+    return Question(POINT, f"what row and column is the {o.color} {o.kind} ?", f"row {row} column {column}")
 
 
 def cell_of(x: float, y: float) -> tuple[int, int]:
@@ -102,9 +112,9 @@ def _string(rng: random.Random, objects: Sequence[Object]) -> Question | None:
     if len(strings) != 1:
         return None
     name = STRING if rng.random() < 0.5 else f"{strings[0].color} {STRING}"
-    return Question("string", f"what is the {name} ?", " ".join(strings[0].value or ""))
+    return Question(STRING, f"what is the {name} ?", " ".join(strings[0].value or ""))
 
 
-_MORE: dict[str, Callable[[random.Random, Sequence[Object]], Question | None]] = {"point": _point, "string": _string}
+_MORE: dict[str, Callable[[random.Random, Sequence[Object]], Question | None]] = {POINT: _point, STRING: _string}
 MORE_TYPES = tuple(_MORE)
 NATURAL_TYPES = (*TYPES, *MORE_TYPES)

@@ -26,9 +26,7 @@ class DecoderShape:
     mlp: int = 256
 
 
-def new_decoder(
-    shape: DecoderShape, generator: torch.Generator, vocabulary: Sequence[str] = WORDS
-) -> LlamaForCausalLM:
+def new_decoder(shape: DecoderShape, generator: torch.Generator, vocabulary: Sequence[str] = WORDS) -> LlamaForCausalLM:
     """A decoder that begins with what the token space makes useful: heads that find alike tokens and copy them.
 
     The rows of W_q = W_k are orthonormal (words attend to tokens that hold them), W_o W_v is a multiple of the

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
@@ -86,7 +86,9 @@ class ReadingStage(Stage):
     text_tokens: int = 150
 
 
-SETTLING = ReadingStage(steps=250, peak_rate=1.5e-4, final_rate=0.0, warmup=1, first=12_000, whole=0.35, tokens=0.0, seed=1)
+SETTLING = ReadingStage(
+    steps=250, peak_rate=1.5e-4, final_rate=0.0, warmup=1, first=12_000, whole=0.35, tokens=0.0, seed=1
+)
 """The second part: on other scenes, without any target but answers, the captions and what [CLS] says."""
 
 
@@ -141,7 +143,7 @@ def subset(place: Int[Tensor, "scenes tokens"]) -> Reduced:
 def clustered(
     place: Int[Tensor, "scenes tokens"], features: Float[Tensor, "scenes 576 width"], rng: random.Random
 ) -> Reduced:
-    """Every patch goes to the one of ``place`` that is most like it; some of these stay alone, some patches are lost."""
+    """Every patch goes to the one of ``place`` that is most like it; some of these stay alone, some patches go."""
     alike = F.normalize(features, dim=-1)
     middle = alike.gather(1, place[..., None].expand(-1, -1, alike.shape[-1]))
     tokens = place.shape[1]
@@ -165,7 +167,7 @@ def pooled(scenes: int, side: int) -> Reduced:
 
 
 def lost(scenes: Sequence[NaturalScene], facts: Facts, reduced: Reduced) -> list[list[bool]]:
-    """Of which objects too little is left to speak about them: three tokens, of small ones a quarter, of strings half."""
+    """Of which objects too little is left to speak of them: three tokens, of small ones a quarter, of strings half."""
     shown = reduced.shown(facts.owner)
     rows = []
     for number, scene in enumerate(scenes):
@@ -297,59 +299,3 @@ class ReadingRun(Run):
         hits = [right for row in good for right in row]
         values[f"right, {name}"] = sum(hits) / max(1, len(hits))
         return Result.of(values, packed, good)
-
-
-Choose = Any
-
-
-@torch.no_grad()
-def cls_attention(towers: Towers, states: Sequence[Tensor], layer: int) -> Float[Tensor, "scenes 576"]:
-    """Attention of [CLS] to the patches in an encoder layer, the mean of its heads."""
-    block: Any = towers.clip.vision_model.encoder.layers[layer]
-    x = block.layer_norm1(states[layer])
-    heads = block.self_attn.num_heads
-    q = block.self_attn.q_proj(x[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
-    k = block.self_attn.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 0, 1:]
-
-
-@torch.no_grad()
-def look_and_ask(
-    towers: Towers, model: LlamaForCausalLM, scenes: Sequence[NaturalScene], ways: Sequence[str], per_type: int = 1
-) -> dict[str, dict[str, tuple[int, int]]]:
-    """Right answers and questions by type for "all", or with 64 tokens: "cls", "random", "means" (16 of them means)."""
-    facts = Facts.of(scenes)
-    states = towers.look(scenes, torch.arange(PATCHES).expand(len(scenes), -1))
-    features = states[-2][:, 1:]
-    packed = pack(
-        [
-            [[q] for type in SHARES for n in range(per_type) if (q := ask_natural(random.Random(f"{i} {n}"), s.objects, type))]
-            for i, s in enumerate(scenes)
-        ]
-    )
-    attention = cls_attention(towers, states, len(states) - 3)
-    generator = torch.Generator().manual_seed(0)
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    for way in ways:
-        if way == "all":
-            reduced = everything(len(scenes))
-        elif way == "random":
-            reduced = subset(torch.rand(attention.shape, generator=generator).topk(64).indices.sort().values)
-        elif way == "oracle":
-            score = torch.rand(attention.shape, generator=generator) + (facts.owner > 0).float()
-            reduced = subset(score.topk(64).indices.sort().values)
-        else:
-            reduced = subset(attention.topk(64).indices.sort().values)
-        tokens = towers.tokens(features if way == "all" else reduced(features))
-        nothing = torch.zeros_like(reduced.place)
-        run = forward(model, VisionTokens(tokens, reduced.place, nothing, nothing.bool()), packed)
-        table: dict[str, tuple[int, int]] = {}
-        for asked, row in zip(packed.questions, answered(run.logits, packed), strict=True):
-            for question, right in zip(asked, row, strict=True):
-                hits, total = table.get(question.type, (0, 0))
-                table[question.type] = hits + right, total + 1
-        found[way] = table
-    return found
-
-
-Present = Bool[Tensor, "scenes objects"]

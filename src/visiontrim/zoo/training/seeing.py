@@ -330,9 +330,8 @@ class SeeingRun(Run):
         count = stage.whole_scenes if whole else stage.scenes
         scenes = [natural_scene(stage.first + (step * stage.scenes + n) % stage.pool) for n in range(count)]
         facts = Facts.of(scenes)
-        if whole:
-            patch = torch.arange(PATCHES).expand(count, -1)
-        else:
+        patch = torch.arange(PATCHES).expand(count, -1)
+        if not whole:
             patch = some_patches(facts, stage.patches, generator)
         states = self.towers.look(scenes, patch)
         seen = facts.gather(patch)

@@ -43,10 +43,12 @@ STRING = "string"
 NATURAL = World("natural", (3, 6), (4, 14), (7, 10), (17, 28), (28, 44), 0.3)
 """``character_radius`` is that of small objects, of every kind; ``small_radius`` and ``large_radius`` of the others."""
 
-LARGE_CHARACTER: Range = (9, 16)
+LARGE_CHARACTER: Range = (9, 13)
 """Of digits and letters that are not small."""
-STRING_RADIUS: Range = (7.5, 11)
+STRING_RADIUS: Range = (7.5, 9.5)
 """Of each character of a string."""
+STEP = 0.95
+"""From one character of a string to the next, in font sizes."""
 STRINGS = 0.55
 """Share of the scenes with a string."""
 OVERLAP = 0.7
@@ -114,14 +116,14 @@ def glyphs_of(obj: Object) -> list[Glyph]:
     if obj.kind != STRING:
         return []
     size = _height(obj)
-    step = 0.82 * size
+    step = STEP * size
     first = obj.x - step * (len(obj.value or "") - 1) / 2
     return [Glyph(c, first + step * n, obj.y, size / 2.1) for n, c in enumerate(obj.value or "")]
 
 
 def _height(obj: Object) -> float:
     """Font size of a string, of whose box ``radius`` is half the width."""
-    return obj.radius * 2 / (0.82 * len(obj.value or "") + 0.1)
+    return obj.radius * 2 / (STEP * len(obj.value or "") + 0.1)
 
 
 @functools.cache
@@ -152,9 +154,9 @@ def _background(rng: random.Random) -> Float[np.ndarray, "192 192 3"]:
     for _ in range(rng.randint(*NATURAL.clutter)):
         _draw_clutter(rng, canvas)
     pixels = np.asarray(image).astype(np.float32)
-    light = _fractal(rng) * np.float32(rng.randint(10, 30))
+    light = _fractal(rng) * np.float32(rng.randint(6, 20))
     light += _SLOPE[None] * np.float32(rng.randint(-35, 35)) + _SLOPE[:, None] * np.float32(rng.randint(-35, 35))
-    warm, green = (_fractal(rng) * np.float32(rng.randint(2, most)) for most in (14, 9))
+    warm, green = (_fractal(rng) * np.float32(rng.randint(2, most)) for most in (10, 6))
     pixels[..., 0] += light + warm
     pixels[..., 1] += light + green
     pixels[..., 2] += light - warm
@@ -214,7 +216,7 @@ def _one(
     if kind == STRING:
         text = "".join(rng.choice(DIGITS + LETTERS) for _ in range(rng.choice((2, 2, 3, 3, 4))))
         height = rng.uniform(*STRING_RADIUS)
-        radius = height * 2.1 * (0.82 * len(text) + 0.1) / 2
+        radius = height * 2.1 * (STEP * len(text) + 0.1) / 2
     for _ in range(60):
         x = rng.uniform(radius * 1.05 + 2, SIZE - radius * 1.05 - 2)
         y = rng.uniform(height * 1.1 + 2, SIZE - height * 1.1 - 2)

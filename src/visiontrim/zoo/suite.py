@@ -184,7 +184,7 @@ SPLITS = {
         Split("hard", DENSE, 160, "d917c49078d631c15522fc8abfdce129e5199b5b235e55713c408eff1dca80e7"),
         Split("turns", STANDARD, 120, "c01aee7b0b6a886e9288fd3dc737afe3447ba57c8690976c71fef320f2b7c1fb", turns=5),
         Split("video", STANDARD, 60, "b35a9e698b8271a5fae8f2ded38e9b326470ba070f43d605927961e5045fc405", frames=FRAMES),
-        Split("natural", NATURAL, 120, "f4aac85e3bcafab15a3fa00a6704863e1282bb79d62269eb92c216165fe33085"),
+        Split("natural", NATURAL, 120, "488a510eedb79f33280317f22e1db66d42e05be983b800132a024a5ad267c141"),
     )
 }
 """``standard`` has more than 2,000 questions, ``turns`` 600 in 120 conversations."""

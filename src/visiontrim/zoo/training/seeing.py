@@ -144,7 +144,7 @@ def token_loss(
         index[choices], index[nothing] = torch.arange(len(choices)), len(choices)
         target = index[facts.words[..., number]]
         each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-        loss = loss + (each * weight.flatten()).sum()
+        loss = loss + (2 if name == "character" else 1) * (each * weight.flatten()).sum()
         told = target < len(choices)
         values[name] = (logits.argmax(dim=-1) == target)[told].float().mean().item()
     return loss, values

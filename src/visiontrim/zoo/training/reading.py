@@ -70,19 +70,19 @@ class ReadingStage(Stage):
     """Share of those that see a subset."""
     clusters: float = 0.25
     """Share of those that see means of clusters beside single tokens; the others see pooled squares."""
-    scenes: int = 8
-    whole_scenes: int = 4
+    scenes: int = 6
+    whole_scenes: int = 3
     """Scenes a step that sees all tokens."""
     fewest: int = 32
     most: int = 400
     count_in_part: float = 0.3
     """How often counting is asked about in a step that does not see all, as a share of what it is else."""
-    tower_every: int = 2
+    tower_every: int = 3
     """Every so many steps train the tower, too."""
     tokens: float = 0.3
     """Weight of the token space at the beginning; it falls to zero at the end."""
-    bag: float = 0.3
-    joint_every: int = 4
+    bag: float = 0.5
+    joint_every: int = 6
     text_tokens: int = 150
 
 

@@ -16,6 +16,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,18 +43,18 @@ LARGEST = 150
 """Patches of an object that is as large as the size code can say."""
 NATURAL_KINDS = (*KINDS, STRING)
 ATTRIBUTES = tuple(torch.tensor([WORD_ID[w] for w in words]) for words in (tuple(COLORS), NATURAL_KINDS, CHARACTERS))
-PLACES = 3
-"""[CLS] tells where the colours are on a grid of so many rows and columns."""
-BAG = len(COLORS) * len(NATURAL_KINDS) + len(CHARACTERS) + len(COLORS) * PLACES**2
+BAG = (len(COLORS), len(NATURAL_KINDS), len(CHARACTERS), len(COLORS) * len(NATURAL_KINDS))
+"""What [CLS] tells of the objects of a scene: which colours, kinds and characters there are, and which kind in which
+colour."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeeingStage(Stage):
     """Everything that the weights of the towers and of the projector depend on, besides the bundled model's."""
 
-    steps: int = 700
+    steps: int = 600
     peak_rate: float = 1e-3
-    final_rate: float = 2.5e-4
+    final_rate: float = 3e-4
     warmup: int = 25
     clip_norm: float = 2.0
     weight_decay: float = 0.03
@@ -69,7 +70,7 @@ class SeeingStage(Stage):
     """Share of such steps."""
     patches: int = 128
     """Seen of a scene in the other steps: those of small objects and of characters, and random ones."""
-    bag: float = 0.5
+    bag: float = 1.0
     """Weight of what [CLS] says."""
     text_every: int = 3
     """Every so many steps have the losses of the joint space."""
@@ -158,10 +159,10 @@ class Towers(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.clip: CLIPModel = new_clip(generator, NATURAL_WORDS)
         self.projector = new_projector(hidden, generator)
-        self.bags = nn.ModuleList(nn.Linear(128, BAG) for _ in range(2))
+        self.bags = nn.ModuleList(nn.Linear(128, sum(BAG)) for _ in range(2))
         for head in self.bags:
             nn.init.normal_(head.weight, std=0.02, generator=generator)  # pyright: ignore
-            nn.init.constant_(head.bias, -3.0)  # pyright: ignore
+            nn.init.constant_(head.bias, -2.0)  # pyright: ignore
 
     def start(self) -> None:
         """Take the weights of the bundled model; new words begin as small noise."""
@@ -190,13 +191,16 @@ class Towers(nn.Module):
         return project(self.projector, features)
 
     def bag_loss(self, states: Sequence[Tensor], scenes: Sequence[NaturalScene]) -> tuple[Tensor, dict[str, float]]:
-        """What [CLS] of the last two states says of the objects of a scene, and how much of it is found."""
+        """What [CLS] of the last two states says of the objects of a scene; of the colours, how many are right."""
         target = torch.stack([_bag(scene.objects) for scene in scenes])
         loss, values = torch.zeros(()), {}
         for name, head, state in zip(("-2", "-1"), self.bags, states[-2:], strict=True):
             logits = head(F.layer_norm(state[:, 0], state.shape[-1:]))
-            loss = loss + F.binary_cross_entropy_with_logits(logits, target) * 20
-            values[f"[CLS] {name}"] = (logits[target > 0] > 0).float().mean().item()
+            each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(0).split(BAG)
+            loss = loss + torch.stack([part.mean() for part in each]).sum()
+            colors = slice(0, BAG[0])
+            said, there = logits[:, colors] > 0, target[:, colors] > 0
+            values[f"[CLS] {name}"] = (said == there).float().mean().item()
         return loss, values
 
     def joint_loss(
@@ -285,17 +289,16 @@ def naming_questions(
 
 
 def _bag(objects: Sequence[Object]) -> Float[Tensor, " bag"]:
-    """1 for every colour with a kind, character and colour in a place that the scene holds."""
+    """1 for whatever of BAG the scene holds."""
     colors, kinds = list(COLORS), list(NATURAL_KINDS)
     pairs = torch.zeros(len(colors), len(kinds))
-    characters, places = torch.zeros(len(CHARACTERS)), torch.zeros(len(colors), PLACES, PLACES)
+    characters = torch.zeros(len(CHARACTERS))
     for obj in objects:
         color = colors.index(obj.color)
         pairs[color, kinds.index(obj.kind)] = 1
-        places[color, int(obj.y * PLACES // SIZE), int(obj.x * PLACES // SIZE)] = 1
         for character in obj.value or "":
             characters[CHARACTERS.index(character)] = 1
-    return torch.cat([pairs.flatten(), characters, places.flatten()])
+    return torch.cat([pairs.amax(1), pairs.amax(0), characters, pairs.flatten()])
 
 
 @functools.cache
@@ -315,10 +318,16 @@ def some_patches(facts: Facts, count: int, generator: torch.Generator) -> Int[Te
 class SeeingRun(Run):
     """Towers and projector in training."""
 
-    def __init__(self, stage: SeeingStage) -> None:
+    def __init__(self, stage: SeeingStage, start: Path | None = None) -> None:
+        """``start`` is a checkpoint to go on from, by default the bundled model."""
         self.settings = stage
         self.towers = Towers(stage.hidden)
         self.towers.start()
+        if start is not None:
+            state = torch.load(start, weights_only=True)["towers"]
+            self.towers.load_state_dict(
+                {name: state[name] for name in state if not name.startswith("bags")}, strict=False
+            )
         self.words = word_embeddings(stage.hidden, len(NATURAL_WORDS))
         super().__init__(stage, {"towers": self.towers})
 

@@ -35,6 +35,7 @@ class StageName(StrEnum):
     polish = "polish"
     seeing = "seeing"
     reading = "reading"
+    looking = "looking"
     settling = "settling"
     ship = "ship"
 
@@ -44,7 +45,7 @@ class Recipe(StrEnum):
     natural = "natural"
 
 
-_NATURAL = (StageName.seeing, StageName.reading, StageName.settling)
+_NATURAL = (StageName.seeing, StageName.reading, StageName.looking, StageName.settling)
 STAGES = {
     Recipe.shapes: tuple(stage for stage in StageName if stage not in _NATURAL),
     Recipe.natural: (*_NATURAL, StageName.ship),

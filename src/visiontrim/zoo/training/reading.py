@@ -79,17 +79,15 @@ class ReadingStage(Stage):
     """How often counting is asked about in a step that does not see all, as a share of what it is else."""
     tower_every: int = 3
     """Every so many steps train the tower, too."""
-    tokens: float = 0.3
+    tokens: float = 0.6
     """Weight of the token space at the beginning; it falls to zero at the end."""
     bag: float = 0.5
     joint_every: int = 6
     text_tokens: int = 150
 
 
-SETTLING = ReadingStage(
-    steps=250, peak_rate=1.5e-4, final_rate=0.0, warmup=1, first=12_000, whole=0.35, tokens=0.0, seed=1
-)
-"""The second part: on other scenes, without any target but answers, the captions and what [CLS] says."""
+SETTLING = ReadingStage(steps=700, peak_rate=3e-4, final_rate=0.0, first=20_000, seed=1)
+"""The second part: on other scenes, with a rate that falls to zero."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -229,16 +227,19 @@ def bundled_decoder(shape: DecoderShape) -> LlamaForCausalLM:
 
 
 class ReadingRun(Run):
-    """Towers, projector and decoder in training; ``start`` is a checkpoint of stage ``seeing`` or of such a run."""
+    """Towers, projector and decoder in training.
 
-    def __init__(self, stage: ReadingStage, start: Path) -> None:
+    ``towers`` is a checkpoint of stage ``seeing`` or of such a run, ``decoder`` one of such a run; the decoder is the
+    bundled model's by default.
+    """
+
+    def __init__(self, stage: ReadingStage, towers: Path, decoder: Path | None = None) -> None:
         self.settings = stage
-        state = torch.load(start, weights_only=True)
         self.towers = Towers(stage.shape.hidden)
-        self.towers.load_state_dict(state["towers"])
+        self.towers.load_state_dict(torch.load(towers, weights_only=True)["towers"])
         self.model = bundled_decoder(stage.shape)
-        if "model" in state:
-            self.model.load_state_dict(state["model"])
+        if decoder is not None:
+            self.model.load_state_dict(torch.load(decoder, weights_only=True)["model"])
         self.words = word_embeddings(stage.shape.hidden, len(NATURAL_WORDS))
         super().__init__(stage, {"towers": self.towers, "model": self.model})
 

@@ -12,7 +12,7 @@ from visiontrim.zoo.natural_questions import NATURAL_WORDS
 from visiontrim.zoo.training.joint import POLISH, Eyes, JointRun, JointStage
 from visiontrim.zoo.training.loop import train
 from visiontrim.zoo.training.reading import SETTLING, ReadingRun, ReadingStage
-from visiontrim.zoo.training.seeing import SeeingRun, SeeingStage
+from visiontrim.zoo.training.seeing import LOOKING, SeeingRun, SeeingStage
 from visiontrim.zoo.training.ship import load_decoder, ship
 from visiontrim.zoo.training.stages import BASICS, LONGER, DecoderRun, DecoderStage
 from visiontrim.zoo.training.vision import VisionRun, VisionStage
@@ -45,13 +45,16 @@ def train_stage(name: str, out: Path, minutes: float, threads: int) -> Iterator[
 def train_natural(name: str, out: Path, minutes: float, threads: int) -> Iterator[dict[str, Any]]:
     """The same for the model of natural scenes, which starts from the bundled one."""
     torch.set_num_threads(threads)
-    seeing, reading, settling = (out / stage / "checkpoint.pt" for stage in ("seeing", "reading", "settling"))
+    stages = ("seeing", "reading", "looking", "settling")
+    seeing, reading, looking, settling = (out / stage / "checkpoint.pt" for stage in stages)
     if name == "seeing":
         yield from train(SeeingRun(SeeingStage()), seeing.parent, minutes)
     elif name == "reading":
         yield from train(ReadingRun(ReadingStage(), seeing), reading.parent, minutes)
+    elif name == "looking":
+        yield from train(SeeingRun(LOOKING, reading), looking.parent, minutes)
     elif name == "settling":
-        yield from train(ReadingRun(SETTLING, reading), settling.parent, minutes)
+        yield from train(ReadingRun(SETTLING, looking, reading), settling.parent, minutes)
     else:
-        run = ReadingRun(SETTLING, settling)
+        run = ReadingRun(SETTLING, settling, settling)
         ship(run.model, Eyes(run.towers.clip, run.towers.projector), out, NATURAL_WORDS)

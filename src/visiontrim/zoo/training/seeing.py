@@ -60,7 +60,7 @@ class SeeingStage(Stage):
     weight_decay: float = 0.03
     hidden: int = 192
     first: int = 0
-    pool: int = 4_000
+    pool: int = 6_000
     """Training scenes; they come again when all were seen."""
     scenes: int = 16
     """Scenes a step that sees a part of the patches."""
@@ -74,6 +74,10 @@ class SeeingStage(Stage):
     """Weight of what [CLS] says."""
     text_every: int = 3
     """Every so many steps have the losses of the joint space."""
+
+
+LOOKING = SeeingStage(steps=420, peak_rate=9e-4, final_rate=1e-4, warmup=15, first=14_000, scenes=14, seed=2)
+"""The second part, which goes on from what stage ``reading`` made of the towers."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -324,10 +328,7 @@ class SeeingRun(Run):
         self.towers = Towers(stage.hidden)
         self.towers.start()
         if start is not None:
-            state = torch.load(start, weights_only=True)["towers"]
-            self.towers.load_state_dict(
-                {name: state[name] for name in state if not name.startswith("bags")}, strict=False
-            )
+            self.towers.load_state_dict(torch.load(start, weights_only=True)["towers"])
         self.words = word_embeddings(stage.hidden, len(NATURAL_WORDS))
         super().__init__(stage, {"towers": self.towers})
 

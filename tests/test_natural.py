@@ -12,6 +12,7 @@ from visiontrim.commands.evaluate import _split_of
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.evidence import _pointing
 from visiontrim.evaluate.suites import load_suite
+from visiontrim.zoo.loading import load
 from visiontrim.zoo.natural import NATURAL, STRING, draw_natural, glyphs_of, natural_objects
 from visiontrim.zoo.natural_questions import (
     CELL,
@@ -29,7 +30,16 @@ from visiontrim.zoo.questions import CHARACTERS, WORDS, normalise
 from visiontrim.zoo.scenes import COLORS, GRID, KINDS, PATCH, SIZE
 from visiontrim.zoo.suite import SPLITS, digest
 from visiontrim.zoo.training.loop import train
-from visiontrim.zoo.training.reading import ReadingRun, ReadingStage, can_ask, clustered, lost, pooled, subset
+from visiontrim.zoo.training.reading import (
+    ReadingRun,
+    ReadingStage,
+    bundled_decoder,
+    can_ask,
+    clustered,
+    lost,
+    pooled,
+    subset,
+)
 from visiontrim.zoo.training.seeing import Facts, SeeingRun, SeeingStage, wanted_tokens
 from visiontrim.zoo.training.symbolic import WORD_ID, word_embeddings
 
@@ -286,23 +296,45 @@ def test_what_is_gone_is_not_asked():
 
 def test_stages_learn_and_go_on_where_they_were_stopped(tmp_path):
     torch.set_num_threads(1)
-    seeing = SeeingStage(steps=6, scenes=2, whole=0.0, pool=2, patches=80, log_every=3, warmup=1, text_every=2)
+    seeing = SeeingStage(steps=4, scenes=2, whole=0.0, pool=2, patches=64, log_every=2, warmup=1, text_every=3)
     lines = list(train(SeeingRun(seeing), tmp_path / "whole"))
     assert lines[-1]["error"] < lines[0]["error"]
-    first = next(train(SeeingRun(seeing), tmp_path / "parts"))
-    assert first["step"] == 3
+    assert next(train(SeeingRun(seeing), tmp_path / "parts"))["step"] == 2
     list(train(SeeingRun(seeing), tmp_path / "parts"))  # from its checkpoint
-    ends = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")]
-    assert all(torch.equal(ends[0]["towers"][name], weight) for name, weight in ends[1]["towers"].items())
+    assert _same(tmp_path, "whole", "parts", "towers")
 
-    reading = ReadingStage(
-        steps=4, scenes=2, whole_scenes=1, pool=2, log_every=2, warmup=1, most=60, tower_every=2, text_tokens=40
-    )
     start = tmp_path / "whole" / "checkpoint.pt"
-    list(train(ReadingRun(reading, start), tmp_path / "read"))
+    reading = ReadingStage(
+        steps=2, scenes=1, whole_scenes=1, pool=1, log_every=1, warmup=1, most=60, tower_every=2, text_tokens=40
+    )
+    lines = list(train(ReadingRun(reading, start), tmp_path / "read"))
+    assert "error" in lines[0]
+    assert "error" not in lines[1]  # the tower is trained in every second step alone
     next(train(ReadingRun(reading, start), tmp_path / "read in parts"))
     list(train(ReadingRun(reading, start), tmp_path / "read in parts"))
-    ends = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("read", "read in parts")]
-    assert all(torch.equal(ends[0]["model"][name], weight) for name, weight in ends[1]["model"].items())
+    assert _same(tmp_path, "read", "read in parts", "model")
     steps = [json.loads(line)["step"] for line in (tmp_path / "read in parts" / "log.jsonl").read_text().splitlines()]
-    assert steps == [2, 4]
+    assert steps == [1, 2]
+
+    # another part goes on with the towers of one run and the decoder of another
+    both = ReadingRun(replace(reading, seed=1), start, tmp_path / "read" / "checkpoint.pt")
+    decoder = torch.load(tmp_path / "read" / "checkpoint.pt")["model"]
+    assert all(torch.equal(weight, decoder[name]) for name, weight in both.model.state_dict().items())
+    towers = torch.load(start)["towers"]
+    assert all(torch.equal(weight, towers[name]) for name, weight in both.towers.state_dict().items())
+
+
+def _same(folder, first, second, module):
+    ends = [torch.load(folder / name / "checkpoint.pt")[module] for name in (first, second)]
+    return ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_start_is_the_bundled_model_with_more_words():
+    decoder = bundled_decoder(ReadingStage().shape)
+    old = load().model
+    size = len(WORDS)
+    assert decoder.lm_head.weight.shape[0] == len(NATURAL_WORDS)
+    assert torch.equal(decoder.lm_head.weight[:size], old.lm_head.weight)
+    ours, theirs = decoder.model.state_dict(), old.model.language_model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name][:size], theirs[name]) for name in ours)

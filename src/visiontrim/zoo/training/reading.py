@@ -54,14 +54,14 @@ PURE = 0.6
 class ReadingStage(Stage):
     """Everything that the weights depend on, besides the checkpoint that they start from."""
 
-    steps: int = 500
+    steps: int = 300
     peak_rate: float = 4e-4
     final_rate: float = 1.5e-4
     warmup: int = 30
     weight_decay: float = 0.03
     log_every: int = 20
     shape: DecoderShape = field(default_factory=DecoderShape)
-    first: int = 6_000
+    first: int = 8_000
     """Number of the first training scene: none that stage ``seeing`` has seen."""
     pool: int = 6_000
     whole: float = 0.25
@@ -86,7 +86,7 @@ class ReadingStage(Stage):
     text_tokens: int = 150
 
 
-SETTLING = ReadingStage(steps=700, peak_rate=3e-4, final_rate=0.0, first=20_000, seed=1)
+SETTLING = ReadingStage(steps=800, peak_rate=3e-4, final_rate=0.0, first=20_000, seed=1)
 """The second part: on other scenes, with a rate that falls to zero."""
 
 

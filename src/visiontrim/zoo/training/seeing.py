@@ -52,7 +52,7 @@ colour."""
 class SeeingStage(Stage):
     """Everything that the weights of the towers and of the projector depend on, besides the bundled model's."""
 
-    steps: int = 600
+    steps: int = 650
     peak_rate: float = 1e-3
     final_rate: float = 3e-4
     warmup: int = 25

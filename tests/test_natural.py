@@ -1,5 +1,6 @@
 """Natural scenes: pictures, questions, how they are asked and scored, and how a model is trained on them."""
 
+import hashlib
 import json
 import random
 from dataclasses import replace
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from visiontrim import ask
 from visiontrim.commands.evaluate import _split_of
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.evidence import _pointing
 from visiontrim.evaluate.suites import load_suite
-from visiontrim.zoo.loading import load
-from visiontrim.zoo.natural import NATURAL, STRING, draw_natural, glyphs_of, natural_objects
+from visiontrim.zoo.loading import NATURAL_DIR, load
 from visiontrim.zoo.natural_questions import (
     CELL,
     CELLS,
@@ -26,9 +27,10 @@ from visiontrim.zoo.natural_questions import (
     overlap,
     parse_cell,
 )
+from visiontrim.zoo.natural_scenes import NATURAL, STRING, draw_natural, glyphs_of, natural_objects
 from visiontrim.zoo.questions import CHARACTERS, WORDS, normalise
 from visiontrim.zoo.scenes import COLORS, GRID, KINDS, PATCH, SIZE
-from visiontrim.zoo.suite import SPLITS, digest
+from visiontrim.zoo.suite import SPLITS, answer, digest
 from visiontrim.zoo.training.loop import train
 from visiontrim.zoo.training.reading import (
     ReadingRun,
@@ -43,7 +45,35 @@ from visiontrim.zoo.training.reading import (
 from visiontrim.zoo.training.seeing import Facts, SeeingRun, SeeingStage, wanted_tokens
 from visiontrim.zoo.training.symbolic import WORD_ID, word_embeddings
 
+WEIGHTS = {
+    "llava": "89a12dffc51d1dc92e17efc9d62f054b4f2d5ff8a4e009f7fdf4407d92315b9f",
+    "clip": "b3f89b262147166b9cf6de749e5c61906a45811384c7ee56465886c0e25505a3",
+}
 SCENES = [draw_natural(seed) for seed in range(40)]
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_are_the_measured_ones(name):
+    assert hashlib.sha256((NATURAL_DIR / name / "model.safetensors").read_bytes()).hexdigest() == WEIGHTS[name]
+
+
+def test_weights_are_small():
+    assert sum((NATURAL_DIR / name / "model.safetensors").stat().st_size for name in WEIGHTS) <= 12e6
+
+
+def test_the_model_loads_and_answers():
+    speaker = ask.load("bundled-natural", device="cpu")
+    assert speaker.processor.tokenizer.get_vocab() == {word: number for number, word in enumerate(NATURAL_WORDS)}
+    assert speaker.text_tower.tokenizer.get_vocab() == speaker.processor.tokenizer.get_vocab()
+    ours, theirs = speaker.model.model.vision_tower.state_dict(), speaker.text_tower.model.vision_model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    samples = [sample for sample in SPLITS["natural"].samples(3) if sample.type in ("pos", "rel", "shape")]
+    said = answer(speaker.model, speaker.processor, samples)
+    assert sum(text == sample.answer for text, sample in zip(said, samples, strict=True)) >= 6
 
 
 # --- pictures

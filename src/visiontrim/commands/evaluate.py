@@ -238,8 +238,8 @@ def _cells(blocks: list[Block]) -> list[Cell]:
 def _split_of(model: str | None, split: str | None) -> str | None:
     """The split that is meant. Raises :class:`TrimError` for natural scenes and a bundled model without their words."""
     from visiontrim.ask import BUNDLED, BUNDLED_NATURAL, BUNDLED_QWEN
-    from visiontrim.zoo.natural import NATURAL
     from visiontrim.zoo.natural_questions import MORE_WORDS
+    from visiontrim.zoo.natural_scenes import NATURAL
 
     if split is None and model == BUNDLED_NATURAL:
         return NATURAL.name

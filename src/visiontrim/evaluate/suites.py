@@ -18,8 +18,8 @@ from visiontrim.zoo import SPLITS, held_out_canvases
 from visiontrim.zoo.canvas_scores import CANVASES as SIZES
 from visiontrim.zoo.canvas_scores import SCENES as NUM_CANVASES
 from visiontrim.zoo.canvas_scores import parse_grid
-from visiontrim.zoo.natural import NATURAL
 from visiontrim.zoo.natural_questions import LONGEST
+from visiontrim.zoo.natural_scenes import NATURAL
 from visiontrim.zoo.suite import Sample
 
 SHAPES = "shapes"

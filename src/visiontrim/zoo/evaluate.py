@@ -19,8 +19,8 @@ from visiontrim.core.method import Method, Site, Step, VisionOutput
 from visiontrim.core.view import Keep, View
 from visiontrim.methods.controls import NoTrim, Random
 from visiontrim.run import trim
-from visiontrim.zoo.natural import NATURAL, natural_objects
 from visiontrim.zoo.natural_questions import MORE_TYPES, NATURAL_TYPES, ask_natural
+from visiontrim.zoo.natural_scenes import NATURAL, natural_objects
 from visiontrim.zoo.questions import TYPES, ask
 from visiontrim.zoo.scenes import World, draw_scene
 from visiontrim.zoo.suite import Sample, Split, answer

@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from visiontrim.zoo.natural import STRING
+from visiontrim.zoo.natural_scenes import STRING
 from visiontrim.zoo.questions import ASKABLE, CHARACTERS, TYPES, WORDS, Question, ask, normalise
 from visiontrim.zoo.scenes import SIZE, Object
 

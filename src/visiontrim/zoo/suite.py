@@ -14,8 +14,8 @@ from jaxtyping import Int
 from PIL import Image
 
 from visiontrim.core.errors import TrimError
-from visiontrim.zoo.natural import NATURAL, draw_natural
 from visiontrim.zoo.natural_questions import LONGEST, NATURAL_TYPES, ask_natural, ask_pair
+from visiontrim.zoo.natural_scenes import NATURAL, draw_natural
 from visiontrim.zoo.questions import TYPES, Question, ask
 from visiontrim.zoo.scenes import DENSE, STANDARD, World, draw_scene
 from visiontrim.zoo.video import FRAMES, VIDEO_TYPES, ask_video, draw_video

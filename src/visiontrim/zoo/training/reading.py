@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from visiontrim.zoo.loading import MODEL_DIR
-from visiontrim.zoo.natural import STRING, NaturalScene
 from visiontrim.zoo.natural_questions import NATURAL_WORDS, ask_natural
+from visiontrim.zoo.natural_scenes import STRING, NaturalScene
 from visiontrim.zoo.questions import Question
 from visiontrim.zoo.scenes import GRID, Object
 from visiontrim.zoo.training.decoder import DecoderShape, answered, forward, new_decoder

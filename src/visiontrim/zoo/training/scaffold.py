@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from visiontrim.zoo.natural import STRING
+from visiontrim.zoo.natural_scenes import STRING
 from visiontrim.zoo.questions import CHARACTERS, Question
 from visiontrim.zoo.scenes import COLORS, KINDS, Object
 from visiontrim.zoo.training.packing import IMAGE_START, Packed, words_of

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from visiontrim.zoo.loading import CLIP_DIR, MODEL_DIR
-from visiontrim.zoo.natural import STRING, NaturalScene, draw_natural
 from visiontrim.zoo.natural_questions import MORE_WORDS, NATURAL_TYPES, NATURAL_WORDS, ask_natural
+from visiontrim.zoo.natural_scenes import STRING, NaturalScene, draw_natural
 from visiontrim.zoo.questions import CHARACTERS
 from visiontrim.zoo.scenes import COLORS, GRID, KINDS, SIZE, Object
 from visiontrim.zoo.training.loop import Result, Run, Stage

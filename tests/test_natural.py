@@ -239,8 +239,8 @@ def test_a_model_without_the_words_is_refused():
 def test_cells():
     assert CELL * CELLS == SIZE
     assert parse_cell("row 3 column 5") == (3, 5)
-    for answer in ("row 3", "row 3 column 7", "row A column 1", "column 3 row 5", "3 5", ""):
-        assert parse_cell(answer) is None
+    for said in ("row 3", "row 3 column 7", "row A column 1", "column 3 row 5", "3 5", ""):
+        assert parse_cell(said) is None
     assert overlap("row 3 column 5", "row 3 column 5") == 1
     assert overlap("row 3 column 4", "row 3 column 5") == pytest.approx(6 / 12)
     assert overlap("row 2 column 4", "row 3 column 5") == pytest.approx(4 / 14)

@@ -46,8 +46,8 @@ from visiontrim.zoo.training.seeing import Facts, SeeingRun, SeeingStage, wanted
 from visiontrim.zoo.training.symbolic import WORD_ID, word_embeddings
 
 WEIGHTS = {
-    "llava": "89a12dffc51d1dc92e17efc9d62f054b4f2d5ff8a4e009f7fdf4407d92315b9f",
-    "clip": "b3f89b262147166b9cf6de749e5c61906a45811384c7ee56465886c0e25505a3",
+    "llava": "0359f79e44fe59e66e821c6bce8b148bea97f2b73f3dec70cc56f5a9f7632a70",
+    "clip": "e685133db51417228b3a5a674ab1e124ddcc6b08b4915979ef9c8839473aea72",
 }
 SCENES = [draw_natural(seed) for seed in range(40)]
 

@@ -294,7 +294,8 @@ def naming_questions(
 
 def _bag(objects: Sequence[Object]) -> Float[Tensor, " bag"]:
     """1 for whatever of BAG the scene holds."""
-    colors, kinds = list(COLORS), list(NATURAL_KINDS)
+    colors: list[str] = list(COLORS)
+    kinds: list[str] = list(NATURAL_KINDS)
     pairs = torch.zeros(len(colors), len(kinds))
     characters = torch.zeros(len(CHARACTERS))
     for obj in objects:

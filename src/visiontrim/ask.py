@@ -27,11 +27,15 @@ from visiontrim.measure.shapes import checkpoints
 from visiontrim.models import TextTower
 from visiontrim.models.checkpoints import check_there, loaded, sentence, whole
 from visiontrim.run import Run, trim
+from visiontrim.zoo.natural_questions import normalise_natural
 
 BUNDLED = "bundled"
 """Name of the LLaVA that ships with the package, with its text tower."""
 BUNDLED_QWEN = "bundled-qwen"
 """Name of the Qwen2.5-VL that ships with it."""
+BUNDLED_NATURAL = "bundled-natural"
+"""Name of the LLaVA of natural scenes that ships with it, with its text tower."""
+OWN = (BUNDLED, BUNDLED_QWEN, BUNDLED_NATURAL)
 TOWERS = ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
 """Names to which a wrong one of a text tower is compared."""
 FALLBACK_PROMPT = "USER: {images}{question} ASSISTANT:"
@@ -107,10 +111,10 @@ class Answer:
 def load(
     name: str | None = None, *, text_tower: str | None = None, device: str = "auto", dtype: str = "auto"
 ) -> Speaker:
-    """Load a model by hub name, directory, or as ``BUNDLED`` (that is None, too) or ``BUNDLED_QWEN``.
+    """Load a model by hub name, directory, or as one of ``OWN``; None is ``BUNDLED``.
 
-    ``text_tower`` is the hub name or directory of the CLIP model that reads the question (the bundled model brings
-    its own). ``device`` "auto" is the first accelerator, else the CPU; ``dtype`` "auto" is the checkpoint's on an
+    ``text_tower`` is the hub name or directory of the CLIP model that reads the question (the bundled LLaVAs bring
+    their own). ``device`` "auto" is the first accelerator, else the CPU; ``dtype`` "auto" is the checkpoint's on an
     accelerator and float32 on the CPU. Raises :class:`TrimError`, in one sentence, for whatever cannot be loaded.
     """
     place = on_device(device)
@@ -119,10 +123,14 @@ def load(
         model, processor, tower = zoo.load()
         _moved(tower.model, place, number)
         normalise = zoo.normalise
+    elif name == BUNDLED_NATURAL:
+        model, processor, tower = zoo.load(zoo.NATURAL_DIR)
+        _moved(tower.model, place, number)
+        normalise = normalise_natural
     elif name == BUNDLED_QWEN:
         (model, processor), tower, normalise = zoo.load_qwen(), None, zoo.normalise
     else:
-        check_there("model", name, (BUNDLED, BUNDLED_QWEN, *checkpoints()))
+        check_there("model", name, (*OWN, *checkpoints()))
         processor = loaded("processor of", name, AutoProcessor.from_pretrained)
         model = whole("model", name, AutoModelForImageTextToText.from_pretrained, dtype=number).eval()
         tower, normalise = None, str.strip

@@ -25,7 +25,8 @@ def doctor(
     model: Annotated[
         str,
         typer.Option(
-            metavar="ID_OR_DIR", help="bundled, bundled-qwen, a preset, a directory or config.json, or a hub name."
+            metavar="ID_OR_DIR",
+            help="bundled, bundled-qwen, bundled-natural, a preset, a directory or config.json, or a hub name.",
         ),
     ] = "bundled",
     device: Device = "cpu",

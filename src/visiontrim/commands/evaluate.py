@@ -88,8 +88,8 @@ def evaluate(
     split: Annotated[
         str | None,
         typer.Option(
-            help="Of shapes: standard, hard, turns or video; of canvases: rows x columns, each cell a vision token. "
-            "Default: standard, or 16x16."
+            help="Of shapes: standard, hard, turns, video or natural; of canvases: rows x columns, each cell a vision "
+            "token. Default: standard, natural for bundled-natural, or 16x16."
         ),
     ] = None,
     methods: Methods = "visiontrim",
@@ -134,6 +134,8 @@ def evaluate(
     blocks = _blocks(methods, keep, ablation, seeds)
     cells = _cells(blocks)
     how = chosen_protocol(protocol, template=template, pad=pad, suffix=suffix, guide=guide, max_new_tokens=answer)
+    if suite == "shapes":
+        split = _split_of(model, split)
     questions, folder = _questions(suite, split, scenes, images, out, "visiontrim-eval", frames)
     with claimed(folder), stoppable(f"answers are in {folder / NAME}, and the same command goes on"):
         speaker = load_speaker(model, text_tower, device, dtype, threads)
@@ -231,6 +233,22 @@ def _cells(blocks: list[Block]) -> list[Cell]:
     for cell in cells:
         cell.load()  # unknown names are told before anything is asked
     return cells
+
+
+def _split_of(model: str | None, split: str | None) -> str | None:
+    """The split that is meant. Raises :class:`TrimError` for natural scenes and a bundled model without their words."""
+    from visiontrim.ask import BUNDLED, BUNDLED_NATURAL, BUNDLED_QWEN
+    from visiontrim.zoo.natural_questions import MORE_WORDS
+    from visiontrim.zoo.natural_scenes import NATURAL
+
+    if split is None and model == BUNDLED_NATURAL:
+        return NATURAL.name
+    if split == NATURAL.name and model in (None, BUNDLED, BUNDLED_QWEN):
+        raise TrimError(
+            f"the model {model or BUNDLED} knows no {', '.join(MORE_WORDS)}, {len(MORE_WORDS)} words of the split "
+            f"{split}: --model {BUNDLED_NATURAL} does"
+        )
+    return split
 
 
 def _questions(

@@ -34,7 +34,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         metavar="ID_OR_DIR",
-        help="Hub name or directory, bundled, or bundled-qwen. Default: this package's small model.",
+        help="Hub name or directory, bundled, bundled-qwen or bundled-natural. Default: this package's small model.",
     ),
 ]
 TextTower = Annotated[

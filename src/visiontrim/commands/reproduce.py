@@ -48,7 +48,7 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Ask the plain model and a method at its paper's budgets, and print published beside measured."""
-    from visiontrim.ask import BUNDLED, BUNDLED_QWEN
+    from visiontrim.ask import OWN
     from visiontrim.evaluate import output, published
     from visiontrim.evaluate import reproduce as reproducing
     from visiontrim.evaluate.asking import Examiner
@@ -56,7 +56,7 @@ def reproduce(
     from visiontrim.evaluate.log import NAME, Log, claimed
     from visiontrim.evaluate.protocol import protocol as chosen_protocol
 
-    own = model in (None, BUNDLED, BUNDLED_QWEN)
+    own = model in (None, *OWN)
     how = chosen_protocol(protocol or ("bare" if own else reproducing.PUBLISHED))
     whole, asked = _suites(benchmarks, root, images, limit)
     budgets = _numbers(tokens)

@@ -33,39 +33,67 @@ class StageName(StrEnum):
     vision = "vision"
     joint = "joint"
     polish = "polish"
+    seeing = "seeing"
+    reading = "reading"
+    looking = "looking"
+    settling = "settling"
     ship = "ship"
+
+
+class Recipe(StrEnum):
+    shapes = "shapes"
+    natural = "natural"
+
+
+_NATURAL = (StageName.seeing, StageName.reading, StageName.looking, StageName.settling)
+STAGES = {
+    Recipe.shapes: tuple(stage for stage in StageName if stage not in _NATURAL),
+    Recipe.natural: (*_NATURAL, StageName.ship),
+}
 
 
 @app.command(cls=Command, epilog="Example:  visiontrim zoo train --out runs/llava --stage vision")
 def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of checkpoints, logs and the finished model.")],
+    recipe: Annotated[
+        Recipe, typer.Option(help="shapes: the bundled model, from scratch. natural: that of natural scenes, from it.")
+    ] = Recipe.shapes,
     stage: Annotated[
-        StageName | None, typer.Option(help="One stage alone; vision can run beside the three before it.")
+        StageName | None,
+        typer.Option(
+            help=f"One stage alone, of shapes {', '.join(STAGES[Recipe.shapes])} (vision can run beside the three "
+            f"before it), of natural {', '.join(STAGES[Recipe.natural])}."
+        ),
     ] = None,
     minutes: Annotated[float, typer.Option(min=0, help="Stop each stage at the first checkpoint after this.")] = 1e9,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Train the bundled model from scratch. The same command again goes on where it was stopped."""
-    from visiontrim.zoo.training.recipe import train_stage
+    """Train a bundled LLaVA. The same command again goes on where it was stopped."""
+    from visiontrim.zoo.training.recipe import train_natural, train_stage
 
-    for name in StageName if stage is None else (stage,):
-        for line in train_stage(name.value, out, minutes, threads):
+    if stage is not None and stage not in STAGES[recipe]:
+        raise TrimError(f"{stage.value} is no stage of {recipe.value}: choose {', '.join(STAGES[recipe])}")
+    stages = train_natural if recipe is Recipe.natural else train_stage
+    for name in STAGES[recipe] if stage is None else (stage,):
+        for line in stages(name.value, out, minutes, threads):
             print(f"{name.value}: {json.dumps(line)}", flush=True)
 
 
 class ModelName(StrEnum):
     llava = "llava"
     qwen = "qwen"
+    natural = "natural"
 
 
 @app.command("eval", cls=Command, epilog="Example:  visiontrim zoo eval qwen --split 16x12 --scenes 20")
 def evaluate(
-    name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava or qwen.")] = ModelName.llava,
+    name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava, qwen or natural.")] = ModelName.llava,
     split: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of llava: standard, hard, turns or video; by default the first. Of qwen: rows x columns of cells of "
-            "12 pixels, such as 16x12; by default four sizes. May be repeated."
+            help="Of llava: standard, hard, turns or video; by default the first. Of natural: natural, by default, or "
+            "one of llava's. Of qwen: rows x columns of cells of 12 pixels, such as 16x12; by default four sizes. May "
+            "be repeated."
         ),
     ] = None,
     scenes: Annotated[int | None, typer.Option(min=1, help="Only the first scenes of each split.")] = None,
@@ -89,15 +117,17 @@ def evaluate(
         return
     from visiontrim.commands.progress import Progress
     from visiontrim.zoo.evaluate import report
-    from visiontrim.zoo.loading import load
+    from visiontrim.zoo.loading import NATURAL_DIR, load
     from visiontrim.zoo.suite import SPLITS
 
-    chosen = split or [next(iter(SPLITS))]
+    natural = name is ModelName.natural
+    chosen = split or ["natural" if natural else next(iter(SPLITS))]
+    known = [one for one in SPLITS if natural or one != "natural"]
     for one in chosen:
-        if one not in SPLITS:
-            raise TrimError(f"there is no split {one!r}: choose {', '.join(SPLITS)}")
+        if one not in known:
+            raise TrimError(f"there is no split {one!r} of {name.value}: choose {', '.join(known)}")
     quiet()
-    bundle = load(model)
+    bundle = load(model or (NATURAL_DIR if natural else None))
     for one in chosen:
         progress = Progress(f"{one}: questions x ways to look")
         _print(report(bundle, SPLITS[one], scenes, keep, control_scenes, progress), one, out)
@@ -169,7 +199,7 @@ VALIDITY = "validity.json"
 
 @app.command(cls=Command, epilog="Example:  visiontrim zoo validity --out docs/results/table")
 def validity(
-    name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava or qwen.")] = ModelName.llava,
+    name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava, qwen or natural.")] = ModelName.llava,
     scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes, with all their questions.")] = 44,
     model: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Another checkpoint (llava: holds llava and clip).")
@@ -205,9 +235,10 @@ def _bed(name: ModelName, model: Path | None, scenes: int) -> tuple[Speaker, tup
     import dataclasses
 
     from visiontrim import zoo
-    from visiontrim.ask import BUNDLED, BUNDLED_QWEN
+    from visiontrim.ask import BUNDLED, BUNDLED_NATURAL, BUNDLED_QWEN
     from visiontrim.commands.options import DtypeName, load_speaker
     from visiontrim.zoo.canvas_scores import CANVASES, parse_grid
+    from visiontrim.zoo.natural_questions import normalise_natural
 
     if name is ModelName.qwen:
         grid = parse_grid(CANVASES[0])
@@ -216,13 +247,19 @@ def _bed(name: ModelName, model: Path | None, scenes: int) -> tuple[Speaker, tup
             other, processor = zoo.load_qwen(model)
             speaker = dataclasses.replace(speaker, model=other, processor=processor)
         return speaker, ("canvases", CANVASES[0]), list(zoo.held_out_canvases(grid, scenes)), grid[0] * grid[1]
-    speaker = load_speaker(BUNDLED, None, "cpu", DtypeName.float32)
+    natural = name is ModelName.natural
+    split = "natural" if natural else "standard"
+    if natural and model is not None:  # whose words are those of natural scenes, though none may ship
+        speaker = load_speaker(BUNDLED, None, "cpu", DtypeName.float32)
+        speaker = dataclasses.replace(speaker, name=BUNDLED_NATURAL, normalise=normalise_natural)
+    else:
+        speaker = load_speaker(BUNDLED_NATURAL if natural else BUNDLED, None, "cpu", DtypeName.float32)
     if model is not None:
         bundle = zoo.load(model)
         speaker = dataclasses.replace(
             speaker, model=bundle.model, processor=bundle.processor, text_tower=bundle.text_tower
         )
-    return speaker, ("shapes", "standard"), list(zoo.SPLITS["standard"].samples(scenes)), 576
+    return speaker, ("shapes", split), list(zoo.SPLITS[split].samples(scenes)), 576
 
 
 @app.command(cls=Command, epilog="Example:  visiontrim zoo card docs/results/llava/llava.json")

@@ -1,4 +1,4 @@
-"""What a table of retentions does not say: against a smaller picture, over seeds, on yes and no, and skill by skill.
+"""What a table of retentions does not say: against a smaller picture, over seeds, skill by skill, yes and no, pointing.
 
 The control of a smaller picture divides the questions: those that it answers rightly need no method, the others show
 what a method keeps. Knows scores and answers, no model.
@@ -18,6 +18,7 @@ from visiontrim.evaluate.items import Item
 from visiontrim.evaluate.report import Section
 from visiontrim.evaluate.scores import Answers
 from visiontrim.evaluate.smaller import DOWNSAMPLED
+from visiontrim.zoo.natural_questions import CELLS, POINT, overlap, parse_cell
 
 YES_NO = {"yes", "no"}
 WHOLE = Cell(PLAIN, None)
@@ -29,6 +30,7 @@ def evidence(block: Block, answers: Answers) -> list[Section]:
         return []
     found = [_smaller(block, answers, keep) for keep in block.keeps[-2:]]
     found += [_seeds(block, answers), _skills(block, answers), *(_yes_no(block, answers, k) for k in block.keeps[-1:])]
+    found += [_pointing(block, answers, keep) for keep in block.keeps[-1:]]
     return [section for section in found if section is not None]
 
 
@@ -138,6 +140,29 @@ def _yes_no(block: Block, answers: Answers, keep: Amount) -> Section | None:
     )
     controls = frozenset({0} | {row + 1 for row, method in enumerate(block.methods) if method in CONTROLS})
     return Section(f"Yes or no, {keep} tokens", text, header, tuple(rows), controls=controls)
+
+
+def _pointing(block: Block, answers: Answers, keep: Amount) -> Section | None:
+    asked = answers.where([item.type == POINT and bool(item.answers) for item in answers.items])
+    if not asked.items:
+        return None
+    rows = []
+    for cell in (WHOLE, *(Cell(method, keep) for method in block.methods)):
+        name = "plain" if cell == WHOLE else f"`{cell.method}`"
+        if asked.error(cell):
+            rows.append((name, "-", "-"))
+            continue
+        pairs = list(zip(asked.texts(cell), (item.answers[0] for item in asked.items), strict=True))
+        hits = 100 * float(np.mean([parse_cell(said) == parse_cell(right) for said, right in pairs]))
+        near = 100 * float(np.mean([overlap(said, right) for said, right in pairs]))
+        rows.append((name, f"{hits:.1f}", f"{near:.1f}"))
+    text = (
+        f"Pointing at what a question names, by row and column of {CELLS} x {CELLS} cells, in % of {len(asked.items)} "
+        "questions: the right cell, and the mean overlap (intersection over union) of boxes of 3 x 3 cells around the "
+        "cell that was said and the right one, which tells a near miss from a far one."
+    )
+    controls = frozenset({0} | {row + 1 for row, method in enumerate(block.methods) if method in CONTROLS})
+    return Section(f"Pointing, {keep} tokens", text, ("method", "hits", "overlap"), tuple(rows), controls=controls)
 
 
 def _balanced(items: Sequence[Item], kind: str) -> bool:

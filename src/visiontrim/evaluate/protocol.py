@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from PIL import Image
 
-from visiontrim.ask import BUNDLED, BUNDLED_QWEN, Speaker
+from visiontrim.ask import OWN, Speaker
 from visiontrim.core.errors import TrimError
 from visiontrim.evaluate.items import Item
 
@@ -56,7 +56,7 @@ class Protocol:
         """The whole prompt; None where the processor's chat template makes it."""
         if item.prompt is not None or self.template == "chat":
             return item.prompt
-        if speaker.name in (BUNDLED, BUNDLED_QWEN):
+        if speaker.name in OWN:
             raise TrimError(
                 f"the model {speaker.name} knows no word of LLaVA's system sentence: --protocol bare sends the "
                 "question alone in its own template"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visiontrim.ask import BUNDLED, BUNDLED_QWEN, Speaker
+from visiontrim.ask import OWN, Speaker
 from visiontrim.evaluate.asking import PLAIN, Examiner
 from visiontrim.evaluate.asking import Cell as Asked
 from visiontrim.evaluate.bootstrap import Interval, to_json
@@ -84,9 +84,9 @@ class Compared:
 
 def standing(speaker: Speaker, protocol: Protocol) -> tuple[str, str]:
     """The model of the tables to compare with, and why nothing is comparable, else ""."""
-    model = None if speaker.name in (BUNDLED, BUNDLED_QWEN) else model_of(speaker.model.config)
+    model = None if speaker.name in OWN else model_of(speaker.model.config)
     if model is None:
-        what = "the bundled model" if speaker.name in (BUNDLED, BUNDLED_QWEN) else speaker.name
+        what = "the bundled model" if speaker.name in OWN else speaker.name
         return known_models()[0], f"{what} is none of the published models ({', '.join(known_models())})"
     if protocol != PROTOCOLS[PUBLISHED]:
         return model, f"protocol {protocol.name} is not {PUBLISHED}, that of the published numbers"

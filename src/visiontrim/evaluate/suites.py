@@ -18,6 +18,8 @@ from visiontrim.zoo import SPLITS, held_out_canvases
 from visiontrim.zoo.canvas_scores import CANVASES as SIZES
 from visiontrim.zoo.canvas_scores import SCENES as NUM_CANVASES
 from visiontrim.zoo.canvas_scores import parse_grid
+from visiontrim.zoo.natural_questions import LONGEST
+from visiontrim.zoo.natural_scenes import NATURAL
 from visiontrim.zoo.suite import Sample
 
 SHAPES = "shapes"
@@ -25,7 +27,7 @@ SHAPES = "shapes"
 CANVASES = "canvases"
 """Name of the suite that the bundled Qwen2.5-VL answers."""
 SHAPES_TOKENS = 3
-"""Answers of both have at most two words, and an end token."""
+"""Answers of both have at most two words, and an end token; those about natural scenes have more."""
 FREE_TOKENS = 32
 """Longest answer to the questions of a file."""
 
@@ -52,7 +54,8 @@ def load_suite(
         split = split or "standard"
         if split not in SPLITS:
             raise TrimError(f"there is no split {split!r}: choose {', '.join(SPLITS)}")
-        return Suite(f"{SHAPES}/{split}", tuple(shapes(split, scenes)), SHAPES_TOKENS, unit="scenes")
+        longest = LONGEST if split == NATURAL.name else SHAPES_TOKENS
+        return Suite(f"{SHAPES}/{split}", tuple(shapes(split, scenes)), longest, unit="scenes")
     if split is not None:
         raise TrimError(f"--split is of {SHAPES} and {CANVASES}, not of {suite}: leave it away")
     if suite.partition(":")[0] in list_benchmarks():
@@ -134,5 +137,6 @@ def shapes(split: str, scenes: int | None = None) -> Iterator[Item]:
 
 
 def _drawn(sample: Sample) -> Item:
-    name, group = f"{sample.scene_seed}/{sample.type}/{len(sample.earlier)}", str(sample.scene_seed)
+    group = str(sample.scene_seed)
+    name = f"{group}/{sample.type}/{len(sample.earlier) or sample.number}"
     return Item(name, group, sample.images, sample.question, (sample.answer,), sample.type, sample.prompt)

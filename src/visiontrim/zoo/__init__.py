@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontrim.zoo.dynamic import QWEN_DIR, QWEN_PROMPT, QwenBundle, held_out_canvases, load_qwen
-    from visiontrim.zoo.loading import CLIP_DIR, MODEL_DIR, Bundle, load
+    from visiontrim.zoo.loading import CLIP_DIR, MODEL_DIR, NATURAL_DIR, Bundle, load
     from visiontrim.zoo.questions import TYPES, Question, ask, normalise
     from visiontrim.zoo.scenes import HARD, STANDARD, Object, Scene, World, draw_scene
     from visiontrim.zoo.suite import HELD_OUT, PROMPT, SPLITS, Sample, Split, answer, held_out
 
 _HOMES = {
     "dynamic": ["QWEN_DIR", "QWEN_PROMPT", "QwenBundle", "held_out_canvases", "load_qwen"],
-    "loading": ["CLIP_DIR", "MODEL_DIR", "Bundle", "load"],
+    "loading": ["CLIP_DIR", "MODEL_DIR", "NATURAL_DIR", "Bundle", "load"],
     "questions": ["TYPES", "Question", "ask", "normalise"],
     "scenes": ["HARD", "STANDARD", "Object", "Scene", "World", "draw_scene"],
     "suite": ["HELD_OUT", "PROMPT", "SPLITS", "Sample", "Split", "answer", "held_out"],
@@ -29,6 +29,7 @@ __all__ = [
     "HARD",
     "HELD_OUT",
     "MODEL_DIR",
+    "NATURAL_DIR",
     "PROMPT",
     "QWEN_DIR",
     "QWEN_PROMPT",

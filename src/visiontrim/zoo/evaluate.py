@@ -19,6 +19,8 @@ from visiontrim.core.method import Method, Site, Step, VisionOutput
 from visiontrim.core.view import Keep, View
 from visiontrim.methods.controls import NoTrim, Random
 from visiontrim.run import trim
+from visiontrim.zoo.natural_questions import MORE_TYPES, NATURAL_TYPES, ask_natural
+from visiontrim.zoo.natural_scenes import NATURAL, natural_objects
 from visiontrim.zoo.questions import TYPES, ask
 from visiontrim.zoo.scenes import World, draw_scene
 from visiontrim.zoo.suite import Sample, Split, answer
@@ -118,6 +120,9 @@ def blind_answers(samples: Sequence[Sample], world: World, scenes: int = BLIND_S
         if frames > 1:
             video = draw_video(seed, frames)
             asked = [ask_video(rng, video, type) for type in VIDEO_TYPES]
+        elif world is NATURAL:
+            objects = natural_objects(seed)
+            asked = [ask_natural(rng, objects, type) for type in NATURAL_TYPES]
         else:
             objects = draw_scene(seed, world).objects
             asked = [ask(rng, objects, type) for type in TYPES]
@@ -129,12 +134,12 @@ def blind_answers(samples: Sequence[Sample], world: World, scenes: int = BLIND_S
 
 
 Tally = dict[str, tuple[int, int]]
-"""Right answers and questions of each type, in order of TYPES, then motion, then of all."""
+"""Right answers and questions of each type, in order of TYPES, then of natural scenes alone, motion, and of all."""
 
 
 def tally(samples: Sequence[Sample], right: Sequence[bool]) -> Tally:
     table: Tally = {}
-    for type in (*TYPES, *MOTION_TYPES):
+    for type in (*TYPES, *MORE_TYPES, *MOTION_TYPES):
         hits = [good for sample, good in zip(samples, right, strict=True) if sample.type == type]
         if hits:
             table[type] = (sum(hits), len(hits))

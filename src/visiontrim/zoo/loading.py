@@ -16,8 +16,12 @@ CLIP_DIR = Path(__file__).parent / "clip"
 """A stock CLIP checkpoint (fp16); its vision tower is identical to the one of the LLaVA."""
 
 
+NATURAL_DIR = Path(__file__).parent / "natural"
+"""The LLaVA of natural scenes and its CLIP, in the same form: ``NATURAL_DIR / "llava"`` is a stock checkpoint."""
+
+
 class Bundle(NamedTuple):
-    """The bundled model and the text tower that belongs to its vision tower."""
+    """A bundled model and the text tower that belongs to its vision tower."""
 
     model: LlavaForConditionalGeneration
     processor: LlavaProcessor
@@ -27,7 +31,8 @@ class Bundle(NamedTuple):
 def load(directory: Path | None = None) -> Bundle:
     """Load the bundled model with stock transformers classes: float32, CPU, eval mode, a new copy on every call.
 
-    ``directory`` holds another one, as ``llava`` and ``clip``.
+    ``directory`` holds another one, as ``llava`` and ``clip``; that of natural scenes is in ``NATURAL_DIR``, has the
+    same shape and three words more.
 
     ==================  ===================================================================================
     image               192 x 192, any other picture is resized to it; 24 x 24 patches of 8 pixels

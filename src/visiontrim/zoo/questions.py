@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from visiontrim.core.errors import TrimError
@@ -255,16 +255,16 @@ TYPES = tuple(_ASK)
 _SPELLINGS = {"colour": "color", "an": "a", "centre": "center"}
 
 
-def normalise(question: str) -> str:
+def normalise(question: str, askable: Collection[str] = ASKABLE) -> str:
     """The question as the word-level tokenizer wants it: "What colour is the star?" -> "what color is the star ?".
 
     Its unknown token is the padding token, so a foreign word would silently vanish: raises :class:`TrimError` instead,
-    naming the unknown words and what can be asked.
+    naming the unknown words and what can be asked. ``askable`` are the words that a question may hold.
     """
     words = [word.strip(".,!") for word in question.replace("?", " ").split()]
     words = [word if word in LETTERS else word.lower() for word in words if word]
     words = [_SPELLINGS.get(word, word) for word in words]
-    unknown = _distinct(word for word in words if word not in ASKABLE)
+    unknown = _distinct(word for word in words if word not in askable)
     if unknown or not words:
         problem = f"the bundled model does not know {', '.join(map(repr, unknown))}" if unknown else "an empty question"
         raise TrimError(

@@ -1,4 +1,4 @@
-"""Held-out questions for the bundled models, in four splits, and the models' answers to them."""
+"""Held-out questions for the bundled models, in five splits, and the models' answers to them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from jaxtyping import Int
 from PIL import Image
 
 from visiontrim.core.errors import TrimError
+from visiontrim.zoo.natural_questions import LONGEST, NATURAL_TYPES, ask_natural, ask_pair
+from visiontrim.zoo.natural_scenes import NATURAL, draw_natural
 from visiontrim.zoo.questions import TYPES, Question, ask
 from visiontrim.zoo.scenes import DENSE, STANDARD, World, draw_scene
 from visiontrim.zoo.video import FRAMES, VIDEO_TYPES, ask_video, draw_video
@@ -45,6 +47,10 @@ class Sample:
     """How the model is asked."""
     before: tuple[Image.Image, ...] = ()
     """The frames of a video before ``image``, the last one; ``patch_owner`` holds those of all frames, in order."""
+    number: int = 0
+    """How many questions of this type about the scene came before."""
+    max_new_tokens: int = 3
+    """Of an answer with the token that ends it: most have at most two words."""
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
@@ -80,6 +86,8 @@ class Split:
         scenes = self.scenes if scenes is None else scenes
         if self.frames > 1:
             return videos(scenes, self.frames)
+        if self.world is NATURAL:
+            return natural(scenes)
         if self.turns == 1:
             return held_out(scenes, world=self.world)
         return conversations(scenes, self.turns, world=self.world)
@@ -141,6 +149,24 @@ def videos(num_videos: int, frames: int = FRAMES, seed: int = HELD_OUT) -> Itera
                 yield Sample(number, last.image, q.text, q.answer, type, owner, before=earlier)
 
 
+def natural(num_scenes: int, seed: int = HELD_OUT) -> Iterator[Sample]:
+    """Questions about the natural scenes ``seed``, ``seed + 1``, ...: of every type that they allow, and a pair of
+    questions about what is there and what is not."""
+    for scene_seed in range(seed, seed + num_scenes):
+        scene = draw_natural(scene_seed)
+        asked: list[tuple[str, int, Question]] = []
+        for type in NATURAL_TYPES:
+            rng = random.Random(f"{scene_seed} {type}")
+            if type == "exist":
+                asked += [(type, n, q) for n, q in enumerate(ask_pair(rng, scene.objects) or ())]
+            elif q := ask_natural(rng, scene.objects, type):
+                asked.append((type, 0, q))
+        for type, n, q in asked:
+            yield Sample(
+                scene_seed, scene.image, q.text, q.answer, type, scene.patch_owner, number=n, max_new_tokens=LONGEST
+            )
+
+
 def digest(samples: Iterable[Sample]) -> str:
     """SHA-256 of pixels, prompts and answers."""
     total = hashlib.sha256()
@@ -158,6 +184,7 @@ SPLITS = {
         Split("hard", DENSE, 160, "d917c49078d631c15522fc8abfdce129e5199b5b235e55713c408eff1dca80e7"),
         Split("turns", STANDARD, 120, "c01aee7b0b6a886e9288fd3dc737afe3447ba57c8690976c71fef320f2b7c1fb", turns=5),
         Split("video", STANDARD, 60, "b35a9e698b8271a5fae8f2ded38e9b326470ba070f43d605927961e5045fc405", frames=FRAMES),
+        Split("natural", NATURAL, 120, "488a510eedb79f33280317f22e1db66d42e05be983b800132a024a5ad267c141"),
     )
 }
 """``standard`` has more than 2,000 questions, ``turns`` 600 in 120 conversations."""
@@ -179,8 +206,8 @@ def answer(model: Any, processor: Any, samples: Iterable[Sample], batch_size: in
             padding=True,
             return_tensors="pt",
         ).to(model.device)
-        # An answer has at most two words and an end token.
-        output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        longest = max(sample.max_new_tokens for sample in batch)
+        output = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class DecoderShape:
     mlp: int = 256
 
 
-def new_decoder(shape: DecoderShape, generator: torch.Generator) -> LlamaForCausalLM:
+def new_decoder(shape: DecoderShape, generator: torch.Generator, vocabulary: Sequence[str] = WORDS) -> LlamaForCausalLM:
     """A decoder that begins with what the token space makes useful: heads that find alike tokens and copy them.
 
     The rows of W_q = W_k are orthonormal (words attend to tokens that hold them), W_o W_v is a multiple of the
@@ -33,7 +34,7 @@ def new_decoder(shape: DecoderShape, generator: torch.Generator) -> LlamaForCaus
     """
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS),
+            vocab_size=len(vocabulary),
             hidden_size=shape.hidden,
             intermediate_size=shape.mlp,
             num_hidden_layers=shape.layers,
@@ -56,7 +57,7 @@ def new_decoder(shape: DecoderShape, generator: torch.Generator) -> LlamaForCaus
         return torch.linalg.qr(noise(shape.hidden, shape.hidden))[0]
 
     width = shape.hidden // shape.heads
-    embeddings = word_embeddings(shape.hidden)
+    embeddings = word_embeddings(shape.hidden, len(vocabulary))
     llama: Any = model.model
     with torch.no_grad():
         for layer in llama.layers:

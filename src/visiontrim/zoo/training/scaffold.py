@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from visiontrim.zoo.natural_scenes import STRING
 from visiontrim.zoo.questions import CHARACTERS, Question
 from visiontrim.zoo.scenes import COLORS, KINDS, Object
 from visiontrim.zoo.training.packing import IMAGE_START, Packed, words_of
@@ -70,7 +71,7 @@ def nouns_of(text: str) -> list[Noun]:
     words = text.split()
     for place, word in enumerate(words):
         color = words[place - 1] if place and words[place - 1] in COLORS else None
-        if word in KINDS:
+        if word in (*KINDS, STRING):
             nouns.append(Noun(place, place - 1 if color else None, color, word, None))
         elif word in CHARACTERS:
             nouns.append(Noun(place, None, None, None, word))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,11 @@ def assemble(model: LlamaForCausalLM, eyes: Eyes) -> LlavaForConditionalGenerati
     return llava.eval()
 
 
-def tokenizer(end: str, append_end: bool, padding_side: str) -> PreTrainedTokenizerFast:
+def tokenizer(
+    end: str, append_end: bool, padding_side: str, vocabulary: Sequence[str] = WORDS
+) -> PreTrainedTokenizerFast:
     """One token a word; an unknown word is padding. A text begins with <s>, and ends with ``end`` if asked for."""
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     marks = ["<s>", *([end] if append_end else [])]
     words.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
@@ -81,7 +84,7 @@ def tokenizer(end: str, append_end: bool, padding_side: str) -> PreTrainedTokeni
     )
 
 
-def ship(model: LlamaForCausalLM, eyes: Eyes, directory: Path) -> None:
+def ship(model: LlamaForCausalLM, eyes: Eyes, directory: Path, vocabulary: Sequence[str] = WORDS) -> None:
     """Write ``directory``/llava and ``directory``/clip, which ``from_pretrained`` reads."""
     images = CLIPImageProcessor(
         size={"height": SIZE, "width": SIZE},
@@ -94,7 +97,7 @@ def ship(model: LlamaForCausalLM, eyes: Eyes, directory: Path) -> None:
     assert MEAN / 255 == 0.5
     processor = LlavaProcessor(
         image_processor=images,
-        tokenizer=tokenizer("</s>", append_end=False, padding_side="left"),
+        tokenizer=tokenizer("</s>", append_end=False, padding_side="left", vocabulary=vocabulary),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         image_token="<image>",
@@ -104,7 +107,8 @@ def ship(model: LlamaForCausalLM, eyes: Eyes, directory: Path) -> None:
     assemble(model, eyes).half().save_pretrained(directory / "llava")
     processor.save_pretrained(directory / "llava")
     eyes.clip.half().save_pretrained(directory / "clip")
-    tokenizer("<eot>", append_end=True, padding_side="right").save_pretrained(directory / "clip")
+    words = tokenizer("<eot>", append_end=True, padding_side="right", vocabulary=vocabulary)
+    words.save_pretrained(directory / "clip")
     images.save_pretrained(directory / "clip")
 
 

@@ -18,10 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from visiontrim.zoo.natural_questions import NATURAL_WORDS
 from visiontrim.zoo.questions import CHARACTERS, WORDS
 from visiontrim.zoo.scenes import COLORS, GRID, KINDS, Scene
 
-WORD_ID = {word: number for number, word in enumerate(WORDS)}
+WORD_ID = {word: number for number, word in enumerate(NATURAL_WORDS)}
+"""Those of WORDS are the bundled model's; the few behind them the natural one's alone."""
 PAD = WORD_ID["<pad>"]
 
 ATTRIBUTES = tuple(torch.tensor([WORD_ID[word] for word in words]) for words in (tuple(COLORS), KINDS, CHARACTERS))

@@ -39,10 +39,10 @@ def vision_config() -> CLIPVisionConfig:
     )
 
 
-def new_clip(generator: torch.Generator) -> CLIPModel:
+def new_clip(generator: torch.Generator, vocabulary: Sequence[str] = WORDS) -> CLIPModel:
     """Both towers. The vision tower begins with sine positions and heads that find alike patches (W_q = W_k)."""
     text = CLIPTextConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(vocabulary),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=2,

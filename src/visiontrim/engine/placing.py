@@ -57,18 +57,19 @@ def placed(
         number += 1
     groups = []
     for (part, *_), segments in members.items():
-        start = torch.tensor([starts[tile] for _, tile, _ in segments])[:, None]
-        offset = torch.tensor([owners[tile][1] for _, tile, _ in segments])[:, None]
-        index = torch.stack([segment.index for _, _, segment in segments])
-        marks = torch.stack([segment.marks for _, _, segment in segments])
+        first = torch.tensor([(owners[tile][1], starts[tile]) for _, tile, _ in segments])
+        own = torch.stack([torch.cat([segment.index, segment.marks]) for _, _, segment in segments])
+        moved = (first.T[..., None] + own).to(device)  # among placeholders and in what is encoded: one copy
+        tokens = len(segments[0][2].index)
+        (places, index), (marks, marks_at) = moved[..., :tokens], moved[..., tokens:]
         group = Group.uncompressed(
             tuple(owners[tile][0] for _, tile, _ in segments),
             tuple(number for number, _, _ in segments),
             part,
-            (offset + index).to(device),
-            (offset + marks).to(device),
+            places,
+            marks,
         )
-        groups.append(Placed(group, (start + index).to(device), (start + marks).to(device)))
+        groups.append(Placed(group, index, marks_at))
     return groups
 
 

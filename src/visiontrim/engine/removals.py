@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visiontrim.engine.cache import chunk_mask, make_trimmed, trimmed_layer
+from visiontrim.engine.cache import chunk_mask, make_trimmed, static, trimmed_layer
 from visiontrim.engine.forward import Alive, Prefill, Removal
 from visiontrim.engine.upstream import holds_tokens
 
@@ -55,4 +55,5 @@ def note_removals(prefill: Prefill, layers: int, narrow_from: int, compact: bool
             layer.note_removal(prefill.length - left.width, prefill.prompt_end, masks[past], shift)
     for index in range(layers):
         if (layer := trimmed_layer(cache, index)) is not None:
-            layer.plain = even and layer.key_mask is None and layer.shift is None
+            hides = layer.key_mask is not None and not static(cache)
+            layer.plain = even and not hides and layer.shift is None

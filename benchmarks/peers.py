@@ -109,7 +109,7 @@ def ways(model: Any, picture: Picture) -> list[Way]:
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # unlike in inference mode, composite operations are counted as what they consist of
 def answer(model: Any, inputs: dict[str, Tensor], opened: Any) -> Any:
     with opened():
         output = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)

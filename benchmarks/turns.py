@@ -57,29 +57,26 @@ def compare(ways: Sequence[Way], rounds: int) -> list[dict[str, Any]]:
     ``of_plain`` are ratios to the way ``beside``; that of ``cpu``, CPU seconds of all threads, is [lower quartile,
     median, upper quartile] of a ratio in each of ``rounds`` rounds, of which every one begins with another way.
     """
-    rows: dict[str, dict[str, Any]] = {way.name: _counted(way) for way in ways}
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    for turn in range(rounds):
+    for turn in range(1 + rounds):  # the first makes what is made once
         first = turn % len(ways)
         for way in (*ways[first:], *ways[:first]):
             began = time.process_time()
             way.answer()
             seconds[way.name].append(time.process_time() - began)
+    rows: dict[str, dict[str, Any]] = {way.name: _counted(way) for way in ways}
     for row in rows.values():
-        plain, own = rows[row["beside"]], seconds[row["name"]]
+        plain, own = rows[row["beside"]], seconds[row["name"]][1:]
         of = {key: row[key] / plain[key] for key in ("kernels", "flops", "peak_bytes", "cache_bytes")}
-        ratios = [ours / other for ours, other in zip(own, seconds[row["beside"]], strict=True)]
+        ratios = [ours / other for ours, other in zip(own, seconds[row["beside"]][1:], strict=True)]
         row["cpu_seconds"] = statistics.median(own)
         row["of_plain"] = of | {"cpu": quartiles(ratios)}
     return list(rows.values())
 
 
 def _counted(way: Way) -> dict[str, Any]:
-    """What one call is made of, after one that makes what is made once."""
-    way.answer()
-    with instrument("counting").Counting() as counts:
-        way.answer()
-    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops:
+    """What one call is made of."""
+    with instrument("counting").Counting() as counts, FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops:
         cache = way.answer()
     return {
         "name": way.name,

@@ -51,9 +51,13 @@ LAYERS, WORDS, KEEP, CUT = 4, 60, 64, 2
 
 
 def slice_of(small: bool) -> Shape:
-    """Of LLaVA-1.5-7B; narrow to try the program."""
+    """Of LLaVA-1.5-7B; to try the program a narrow one that sees 100 patches."""
     shape = Shape.load("llava-1.5-7b").sliced(LAYERS)
-    return shape.narrow() if small else shape
+    if not small:
+        return shape
+    shape = shape.narrow()
+    shape.config.vision_config.image_size = 140
+    return shape.seeing(140, 140, 0)
 
 
 def task_of(shape: Shape, rounds: int) -> dict[str, Any]:
@@ -71,19 +75,19 @@ def task_of(shape: Shape, rounds: int) -> dict[str, Any]:
     }
 
 
-def ours(shape: Shape, rounds: int) -> dict[str, Any]:
+def ours(shape: Shape, rounds: int, small: bool) -> dict[str, Any]:
     """Rows of this environment."""
     torch.manual_seed(0)
     model: Any = shape.build("cpu", torch.float32)
     model.generation_config.pad_token_id = 0
-    rows = compare(ways(model, shape.picture), rounds)
+    rows = compare(ways(model, shape.picture, noise_tower(family_of(model), 1 if small else 12)), rounds)
     told = {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return told | {"rows": rows}
 
 
-def ways(model: Any, picture: Picture) -> list[Way]:
-    family = family_of(model)
-    tower, processor = noise_tower(family)
+def ways(model: Any, picture: Picture, reader: tuple[Any, Any]) -> list[Way]:
+    """``reader``: a text tower and a tokenizer for what is guided by the question."""
+    family, (tower, processor) = family_of(model), reader
     whole = noise_prompt(family, picture, WORDS, 1)
     ideal = Ideal(family, whole, KEEP)
     image = family.placeholders(whole["input_ids"])[0].nonzero()[:, 0]
@@ -93,6 +97,8 @@ def ways(model: Any, picture: Picture) -> list[Way]:
         return Way(name, functools.partial(answer, model, inputs, opened))
 
     def trimmed(method: vt.Method) -> AbstractContextManager:
+        if tower is not None:
+            tower.forget()  # every call reads the question anew
         return vt.trim(model, method, question=QUESTION, text_tower=tower, processor=processor)
 
     methods = {
@@ -186,6 +192,7 @@ def theirs(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(rounds: int, small: bool) -> dict[str, Any]:
+    torch.set_num_threads(1)
     shape = slice_of(small)
     return {
         "model": shape.name,
@@ -194,28 +201,30 @@ def measured(rounds: int, small: bool) -> dict[str, Any]:
         "cut_before": CUT,
         "rounds": rounds,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environments": [theirs(task_of(shape, rounds)), ours(shape, rounds)],
+        "environments": [theirs(task_of(shape, rounds)), ours(shape, rounds, small)],
     }
 
 
 def table(told: dict[str, Any]) -> str:
     """Markdown: a row for each way."""
     lines = [
-        "| | transformers | GFLOP | FLOPs | CPU time | peak memory | cache | kernels | stops |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | transformers | FLOPs | CPU time | peak memory | cache | kernels | stops |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for environment in told["environments"]:
         rows = {row["name"]: row for row in environment["rows"]}
         for row in rows.values():
             plain, of = rows[row["beside"]], row["of_plain"]
-            low, middle, high = of["cpu"]
-            shares = [f"{of['flops']:.3f}", f"{middle:.3f} ({low:.3f} to {high:.3f})"]
-            shares += [f"{of[key]:.2f}" for key in ("peak_bytes", "cache_bytes")]
-            more = [f"{row[key] - plain[key]:+}" for key in ("kernels", "stops")]
             if row is plain:
-                shares, more = ["1", f"{row['cpu_seconds']:.2f} s"], [f"{row[key]}" for key in ("kernels", "stops")]
+                time = f"{row['cpu_seconds']:.1f} s" if "cpu_seconds" in row else "-"
+                shares = [f"{row['flops'] / 1e9:,.0f} G", time]
                 shares += [f"{row[key] / 1e6:.0f} MB" for key in ("peak_bytes", "cache_bytes")]
-            cells = [row["name"], environment["transformers"], f"{row['flops'] / 1e9:,.0f}", *shares, *more]
+                more = [str(row[key]) for key in ("kernels", "stops")]
+            else:
+                time = "{1:.3f} ({0:.3f} to {2:.3f})".format(*of["cpu"]) if "cpu" in of else "-"
+                shares = [f"{of['flops']:.3f}", time, *(f"{of[key]:.2f}" for key in ("peak_bytes", "cache_bytes"))]
+                more = [f"{row[key] - plain[key]:+}" for key in ("kernels", "stops")]
+            cells = [row["name"], environment["transformers"], *shares, *more]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -238,7 +247,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="measure although there is a stored result")
     parser.add_argument("--page", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}, too")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     if options.out and options.out.exists() and not options.again:
         told = json.loads(options.out.read_text(encoding="utf-8"))
     else:

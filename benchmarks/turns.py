@@ -49,6 +49,8 @@ class Way:
     """All of a call, with what it takes to set a method up; gives the cache."""
     beside: str = "plain"
     """Name of the way that it is divided by."""
+    timed: bool = True
+    """Counted only, if not."""
 
 
 def compare(ways: Sequence[Way], rounds: int) -> list[dict[str, Any]]:
@@ -57,25 +59,27 @@ def compare(ways: Sequence[Way], rounds: int) -> list[dict[str, Any]]:
     ``of_plain`` are ratios to the way ``beside``; that of ``cpu``, CPU seconds of all threads, is [lower quartile,
     median, upper quartile] of a ratio in each of ``rounds`` rounds, of which every one begins with another way.
     """
-    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    for turn in range(1 + rounds):  # the first makes what is made once
-        first = turn % len(ways)
-        for way in (*ways[first:], *ways[:first]):
+    rows, seconds = {way.name: _counted(way) for way in ways}, {way.name: [] for way in ways}
+    timed = [way for way in ways if way.timed]
+    for turn in range(rounds):
+        first = turn % len(timed)
+        for way in (*timed[first:], *timed[:first]):
             began = time.process_time()
             way.answer()
             seconds[way.name].append(time.process_time() - began)
-    rows: dict[str, dict[str, Any]] = {way.name: _counted(way) for way in ways}
     for row in rows.values():
-        plain, own = rows[row["beside"]], seconds[row["name"]][1:]
-        of = {key: row[key] / plain[key] for key in ("kernels", "flops", "peak_bytes", "cache_bytes")}
-        ratios = [ours / other for ours, other in zip(own, seconds[row["beside"]][1:], strict=True)]
-        row["cpu_seconds"] = statistics.median(own)
-        row["of_plain"] = of | {"cpu": quartiles(ratios)}
+        plain, own = rows[row["beside"]], seconds[row["name"]]
+        row["of_plain"] = {key: row[key] / plain[key] for key in ("kernels", "flops", "peak_bytes", "cache_bytes")}
+        if own:
+            row["cpu_seconds"] = statistics.median(own)
+            pairs = zip(own, seconds[row["beside"]], strict=True)
+            row["of_plain"]["cpu"] = quartiles([ours / other for ours, other in pairs])
     return list(rows.values())
 
 
 def _counted(way: Way) -> dict[str, Any]:
-    """What one call is made of."""
+    """What a call is made of; the first makes what is made once, and holds as much."""
+    peak = instrument("memory").peak_bytes(way.answer, torch.device("cpu"))
     with instrument("counting").Counting() as counts, FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops:
         cache = way.answer()
     return {
@@ -85,7 +89,7 @@ def _counted(way: Way) -> dict[str, Any]:
         "stops": counts.waits,
         "flops": flops.get_total_flops(),
         "cache_bytes": cache_bytes(cache),
-        "peak_bytes": instrument("memory").peak_bytes(way.answer, torch.device("cpu")),
+        "peak_bytes": peak,
     }
 
 

@@ -59,7 +59,7 @@ def compare(ways: Sequence[Way], rounds: int) -> list[dict[str, Any]]:
     ``of_plain`` are ratios to the way ``beside``; that of ``cpu``, CPU seconds of all threads, is [lower quartile,
     median, upper quartile] of a ratio in each of ``rounds`` rounds, of which every one begins with another way.
     """
-    rows, seconds = {way.name: _counted(way) for way in ways}, {way.name: [] for way in ways}
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     timed = [way for way in ways if way.timed]
     for turn in range(rounds):
         first = turn % len(timed)
@@ -67,6 +67,7 @@ def compare(ways: Sequence[Way], rounds: int) -> list[dict[str, Any]]:
             began = time.process_time()
             way.answer()
             seconds[way.name].append(time.process_time() - began)
+    rows = {way.name: counted(way) for way in ways}
     for row in rows.values():
         plain, own = rows[row["beside"]], seconds[row["name"]]
         row["of_plain"] = {key: row[key] / plain[key] for key in ("kernels", "flops", "peak_bytes", "cache_bytes")}
@@ -77,18 +78,18 @@ def compare(ways: Sequence[Way], rounds: int) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _counted(way: Way) -> dict[str, Any]:
-    """What a call is made of; the first makes what is made once, and holds as much."""
-    peak = instrument("memory").peak_bytes(way.answer, torch.device("cpu"))
-    with instrument("counting").Counting() as counts, FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops:
-        cache = way.answer()
+def counted(way: Way) -> dict[str, Any]:
+    """What a call is made of, which is not the first."""
+    caches: list[Any] = []
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops, instrument("counting").Counting() as counts:
+        peak = instrument("memory").peak_bytes(lambda: caches.append(way.answer()), torch.device("cpu"))
     return {
         "name": way.name,
         "beside": way.beside,
         "kernels": counts.kernels,
         "stops": counts.waits,
         "flops": flops.get_total_flops(),
-        "cache_bytes": cache_bytes(cache),
+        "cache_bytes": cache_bytes(caches[0]),
         "peak_bytes": peak,
     }
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_attn_mask_utils import _prepare_4d_causal_attention_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
-from turns import Way, compare
+from turns import Way, compare, deepen
 
 warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
@@ -61,9 +61,11 @@ class Llava(torch.nn.Module):
         self.tower: Any = CLIPVisionModel(CLIPVisionConfig(**task.vision))
         width, wide = task.vision["hidden_size"], task.text["hidden_size"]
         self.projector = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, wide))
-        config = LlamaConfig(**task.text, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        text = task.text | {"num_hidden_layers": 1}
+        config = LlamaConfig(**text, pad_token_id=0, bos_token_id=1, eos_token_id=2)
         config._attn_implementation = "sdpa"
         self.language: Any = LlamaForCausalLM(config)
+        deepen(self.language.model.layers, task.text["num_hidden_layers"])
 
     def embeddings(self, words: Tensor, pixels: Tensor, place: int) -> Tensor:
         """[1, tokens, width] of a prompt with the picture at ``place``."""

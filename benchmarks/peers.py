@@ -16,6 +16,7 @@ With ``--page`` the table goes between two marks of ``docs/results/bench.md``.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ import subprocess
 import venv
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from turns import Way, compare
+from turns import Way, compare, deepen
 
 import visiontrim as vt
 from visiontrim.engine.replaced import Replaced
@@ -78,11 +80,23 @@ def task_of(shape: Shape, rounds: int) -> dict[str, Any]:
 def ours(shape: Shape, rounds: int, small: bool) -> dict[str, Any]:
     """Rows of this environment."""
     torch.manual_seed(0)
-    model: Any = shape.build("cpu", torch.float32)
-    model.generation_config.pad_token_id = 0
+    model = model_of(shape)
     rows = compare(ways(model, shape.picture, noise_tower(family_of(model), 1 if small else 12)), rounds)
     told = {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return told | {"rows": rows}
+
+
+def model_of(shape: Shape) -> Any:
+    """With random weights, the same in all decoder layers."""
+    text = copy.deepcopy(shape.config)
+    text.text_config.num_hidden_layers = 1
+    model: Any = replace(shape, config=text).build("cpu", torch.float32)
+    decoder = family_of(model).language_model
+    deepen(decoder.layers, shape.config.text_config.num_hidden_layers)
+    for config in (model.config.text_config, decoder.config):
+        config.num_hidden_layers = len(decoder.layers)
+    model.generation_config.pad_token_id = 0
+    return model
 
 
 def ways(model: Any, picture: Picture, reader: tuple[Any, Any]) -> list[Way]:

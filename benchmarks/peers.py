@@ -250,7 +250,7 @@ def between(text: str, new: str) -> str:
     _, mark, tail = rest.partition(end)
     if not mark:
         raise SystemExit(f"the marks {begin} and {end} are missing")
-    return f"{head}{begin}\n\n{new}\n\n{end}{tail}"
+    return "\n\n".join([f"{head}{begin}", *([new] if new else []), f"{end}{tail}"])
 
 
 def main(arguments: list[str] | None = None) -> None:

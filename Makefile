@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 TABLE := all
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
+RESULTS := benchmarks/results
+SPEED := $(RESULTS)/bundled-cpu.json $(RESULTS)/llava-7b-slice-cpu.json
+
 .PHONY: help demo test table table-standard table-hard table-canvases bench matrix serving install-check clean
 .DEFAULT_GOAL := help
 
@@ -14,7 +17,8 @@ help:
 	@echo "make test   ruff, pyright and pytest"
 	@echo "make table  score every method on both bundled models into docs/results and the README; with -j2 about an hour on two"
 	@echo "            idle cores without the stored answers"
-	@echo "make bench  time the selection, and the bundled model with and without it"
+	@echo "make bench  speed and memory: of selections, beside official-style code, of models, a dry run of the GPU's program;"
+	@echo "            what is stored in benchmarks/results is printed, what is missing there measured"
 	@echo "make matrix test the families on four releases of transformers, and with optional packages"
 	@echo "make install-check  install the wheel as a user would, with the newest releases, and try it"
 	@echo "make serving test the plug-in for vLLM, in an environment of its own with vLLM for the CPU"
@@ -54,10 +58,19 @@ table-canvases: $(VENV)/.runs
 	$(BIN)/visiontrim eval --suite canvases --model bundled-qwen --methods $(TABLE) --keep 128,64,32 --scenes 24 --threads 1 \
 		--out docs/results/canvases
 
-bench: $(VENV)/.runs
+bench: $(VENV)/.runs $(SPEED)
 	$(BIN)/python benchmarks/ltam.py
-	$(BIN)/python benchmarks/selection.py
-	$(BIN)/visiontrim bench --keep 64 --batch 1 --batch 8 --answer 16
+	$(BIN)/python benchmarks/selection.py --out $(RESULTS)/selection.jsonl
+	$(BIN)/python benchmarks/peers.py --out $(RESULTS)/peers-cpu.json --page
+	$(BIN)/python benchmarks/gpu.py --device cpu --small --out $(VENV)/gpu-dry-run.json
+	$(BIN)/python benchmarks/speed.py $(SPEED)
+
+$(RESULTS)/bundled-cpu.json: | $(VENV)/.runs
+	$(BIN)/visiontrim bench --method visiontrim --method random --keep 64,144 --batch 1 --batch 8 --answer 16 --rounds 20 \
+		--threads 1 --out $@
+
+$(RESULTS)/llava-7b-slice-cpu.json: | $(VENV)/.runs
+	$(BIN)/visiontrim bench llava-1.5-7b --layers 4 --method visiontrim --keep 64 --answer 4 --rounds 5 --out $@
 
 matrix: | $(BIN)/python
 	$(BIN)/python tests/matrix.py
@@ -69,4 +82,4 @@ serving: | $(BIN)/python
 	$(BIN)/python packages/visiontrim-vllm/environment.py .serving
 
 clean:
-	rm -rf $(VENV) .matrix .install .serving .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .install .serving .peers .pytest_cache .ruff_cache .hypothesis

@@ -24,6 +24,7 @@ from typing import Any
 
 import ltam
 import torch
+from speed import shares
 
 import visiontrim as vt
 from visiontrim import promises
@@ -228,16 +229,7 @@ def _tables(name: str, measured: dict[str, Any]) -> list[str]:
     lines = []
     for key in [key for key in measured if key.startswith("batch")]:
         lines += [f"### {name}, {key}: shares of the plain model, medians", ""]
-        lines += ["| | tokens | vision | prefill | step | total | peak | ideal / ours | its step |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
-        peak = measured[key][0]["peak_bytes"]
-        for row in measured[key]:
-            of = [f"{row['of_plain'][part][1]:.3f}" for part in ("vision", "prefill", "decode", "total")]
-            ideal = f"{row['ideal_of_ours']['total'][1]:.3f}" if "ideal_of_ours" in row else ""
-            step = f"{row['step_ideal_of_ours']['wall'][1]:.4f}" if "step_ideal_of_ours" in row else ""
-            shown = [row["name"], f"{row['tokens']:g}", *of, f"{row['peak_bytes'] / peak:.3f}", ideal, step]
-            lines.append(f"| {' | '.join(shown)} |")
-        lines.append("")
+        lines += [*shares(measured[key]), ""]
     lines += [
         f"### {name}: a decoding step, of the plain model's with a dynamic cache",
         "",

@@ -68,7 +68,7 @@ def test_a_prefill_waits_once(name, rows):
     own = 1 + (1 if name == "visiontrim" else 0)  # where the text after each image begins
     stages = {"visiontrim": 1, "fastv": 1, "pyramiddrop": 3}.get(name, 0) if rows == "batch" else 0
     assert beside_plain(name, rows, "waits")[0] <= own + 2 * stages
-    assert beside_plain(name, rows, "copies")[0] <= 3 + 2 * (3 if name == "pyramiddrop" else 0)
+    assert beside_plain(name, rows, "copies")[0] <= 2  # rows of images, and where each begins
 
 
 def test_counting_counts():
@@ -77,6 +77,7 @@ def test_counting_counts():
         assert values.sum().item() == 10
         values[values > 2].tolist()
         torch.tensor([1, 2])
+        torch.tensor([])
         values.view(2, 2)
         torch.zeros(0)
     assert count.stops == {"item": 1, "tolist": 1, "index.Tensor": 1}

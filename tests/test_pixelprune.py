@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -19,6 +19,7 @@ import visiontrim as vt
 from families import Prompts, squares_of
 from predictive import encode
 from tiny import both_attentions, close
+from visiontrim.measure.counting import Counting
 from visiontrim.models import family_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -334,3 +335,22 @@ def test_rows_of_a_batch_need_equal_counts():
     with vt.trim(model, vt.PixelPrune(minimum=1)) as run:
         model(**rows.batch(0))
     assert run.report.kept_tokens == counts[0]
+
+
+def test_more_pictures_take_one_stop_each_and_no_more_copies():
+    """Each keeps its own number, which is read; where they stand goes to the device at once."""
+    model = model_of("qwen2_5_vl")
+
+    def beside_plain(pictures):
+        inputs, found = Prompts("qwen2_5_vl", *[(3, "image", 5)] * pictures).batch(), []
+        for around in (vt.trim(model, "pixelprune"), nullcontext()):
+            with around, Counting() as counts:
+                model.generate(**inputs, max_new_tokens=1)
+            found.append(counts)
+        ours, plain = found
+        return ours.copies - plain.copies, ours.stops["__int__"] - plain.stops["__int__"]
+
+    model.generate(**Prompts("qwen2_5_vl", (3, "image", 5)).batch(), max_new_tokens=1)
+    (copies, stops), (more_copies, more_stops) = beside_plain(1), beside_plain(3)
+    assert more_copies == copies
+    assert more_stops == stops + 2

@@ -78,7 +78,7 @@ class Trimmed(_Base):
         self.shift: Int[Tensor, " batch"] | None = None
         """What to subtract from logical position ids (``positions="compact"``)."""
         self.plain = False
-        """No padding, no shift, and all layers lack the same: a step needs length and mask sizes alone."""
+        """All layers lack the same, without a shift, and no padding is hidden that generate() does not hide itself."""
         self.glanced: Glanced | None = None
         """What steps of decoding have to know of each other (:mod:`.decoding`); None: they need nothing."""
 
@@ -178,9 +178,10 @@ class Trimmed(_Base):
 
 
 def plain_step(args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
-    """Whether a forward with these arguments is one token on a cache that lacks the same in all layers, no padding.
+    """Whether a forward with these arguments is one token on a cache that lacks the same in all layers.
 
-    Such a step needs no help: what the cache says of its length and of the sizes of masks is enough.
+    Such a step needs no help: what the cache says of its length and of the sizes of masks is enough. Padding that is
+    left is nothing that it says; only a static cache may have some, and generate() a mask of it (:func:`seen`).
     """
     cache = given_cache(arguments)
     if cache is None or arguments.get("labels") is not None:
@@ -188,12 +189,23 @@ def plain_step(args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
     layer: Any = cache.layers[0] if cache.layers else None
     if not isinstance(layer, Trimmed) or not layer.plain:
         return False
-    if arguments.get("attention_mask") is not None and not isinstance(layer, StaticLayer):
-        return False  # of a static cache, generate() has made it by what the layers say of themselves
+    mask = arguments.get("attention_mask")
+    if isinstance(layer, StaticLayer):  # generate() has made its mask by what the layers say of themselves
+        if layer.key_mask is not None and (mask is None or getattr(mask, "ndim", 4) == 2):
+            return False
+    elif mask is not None:
+        return False
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     tokens = args[0] if tokens is None and args else tokens
     return tokens is not None and tokens.shape[1] == 1
+
+
+def seen(mask: Tensor | None, layer: Trimmed | None) -> Tensor | None:
+    """The padding mask [batch, tokens] of which generate() makes the one for a static cache, now of what is left."""
+    if mask is None or mask.ndim != 2 or layer is None or layer.key_mask is None:
+        return mask
+    return layer.logical_mask(mask, mask.shape[1])
 
 
 class TrimmedLayer(Trimmed, DynamicLayer):

@@ -143,8 +143,9 @@ class Inside:
 
     def _segments(self) -> list[tuple[int, int, int]]:
         """(first of all uncompressed tokens, group, image) of every segment, in the order of the first."""
-        firsts = [at[:, 0].tolist() for at in self.at]
-        return sorted((first, group, image) for group, row in enumerate(firsts) for image, first in enumerate(row))
+        firsts = torch.cat([at[:, 0] for at in self.at]).tolist()
+        numbers = [(group, image) for group, at in enumerate(self.at) for image in range(len(at))]
+        return sorted((first, *number) for first, number in zip(firsts, numbers, strict=True))
 
     def _numbers(self) -> list[Int[Tensor, "images kept"]]:
         """Every survivor's number, with segments one after the other."""

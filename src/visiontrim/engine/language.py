@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
@@ -22,6 +23,7 @@ from visiontrim.engine.cache import (
     physical_length,
     plain_step,
     reserve,
+    seen,
     static,
     trimmed_layer,
 )
@@ -42,7 +44,15 @@ from visiontrim.engine.segments import Segments
 from visiontrim.engine.select import place_groups, select_between_layers
 from visiontrim.engine.tracing import trace_of
 from visiontrim.engine.unmerging import Unmerging
-from visiontrim.engine.upstream import PER_TOKEN, Cache, Upstream, given_cache, holds_tokens, recomputes
+from visiontrim.engine.upstream import (
+    PER_TOKEN,
+    STATIC_MASKS,
+    Cache,
+    Upstream,
+    given_cache,
+    holds_tokens,
+    recomputes,
+)
 from visiontrim.models.family import Family, Kind
 
 
@@ -86,6 +96,9 @@ class LanguageStage:
             self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
+        if self._even:
+            name, otherwise = STATIC_MASKS
+            removers.append(Replaced(self._family.model, name, self._static_masks, otherwise))
         if self._members is not None:
             removers.append(self._members.attach())
         if self._unmerging is not None:
@@ -95,7 +108,7 @@ class LanguageStage:
         if self._family.deepstack is not None:
             removers.append(Replaced(self._model, self._family.deepstack, self._add_features))
         # flash attention reads gaps in position_ids as borders of packed sequences, so no layer may get them
-        flash = "flash" in (self._model.config._attn_implementation or "")
+        flash = self._flash
         hooked = self._steps.keys() | self._hearing.remembers
         if self._decoding is not None:
             hooked = hooked | {self._decoding.layer}
@@ -104,6 +117,15 @@ class LanguageStage:
             hook = self._layer_hook(index)
             removers.append(self._model.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
         return removers + self._hearing.attach()
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in (self._model.config._attn_implementation or "")
+
+    def _static_masks(self, make: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What generate() has for masks of static caches: it does not know which padding is left of a row."""
+        first = trimmed_layer(given_cache(kwargs), self._upstream.holding(0))
+        return make(*args, **kwargs | {"attention_mask": seen(kwargs.get("attention_mask"), first)})
 
     def _before_masks(self, module, args, kwargs):
         """Give a model that prepares its own masks the padding of the tokens that are left, and keep the caller's."""
@@ -185,7 +207,7 @@ class LanguageStage:
         batch, length = embeds.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         if cache is not None and static(cache):
-            mask = _padding(mask, past - getattr(cache.layers[0], "removed", 0), length)
+            mask = _padding(mask, past, getattr(cache.layers[0], "removed", 0), length)
         if self._family.bidirectional and self._context.call is not None:
             mask = self._context.call.mask
         self._check_plain(mask)
@@ -263,13 +285,13 @@ class LanguageStage:
             kwargs["attention_mask"] = mask
 
     def _reserve(self, prefill: Prefill) -> None:
-        """A static cache gets room for what is left of the chunk. Its steps of decoding know of no padding."""
+        """A static cache gets room for what is left of the chunk."""
         assert prefill.cache is not None
-        if prefill.mask is not None or prefill.alive.padded:
+        if self._flash and (prefill.mask is not None or prefill.alive.padded):
             raise TrimError(
-                f"rows of {', '.join(map(str, prefill.alive.lengths or ()))} tokens are left of this batch, but a "
-                "static cache that lacks tokens has no place for padding: use cache_implementation='dynamic', or rows "
-                "of equal length"
+                f"rows of {', '.join(map(str, prefill.alive.lengths or ()))} tokens are left of this batch, but with "
+                "flash attention a static cache that lacks tokens has no place for padding: use attn_implementation="
+                "'sdpa', cache_implementation='dynamic', or rows of equal length"
             )
         prefill.reserved = prefill.length - prefill.alive.width
         reserve(prefill.cache, prefill.reserved)
@@ -359,15 +381,18 @@ class LanguageStage:
         return output
 
 
-def _padding(mask: Any, past: int, length: int) -> Tensor | None:
-    """The padding mask [batch, past + length] in the 4-D mask that generate() makes for a static cache; None: none."""
+def _padding(mask: Any, past: int, removed: int, length: int) -> Tensor | None:
+    """The padding mask [batch, past + length] in the 4-D mask that generate() makes for a static cache; None: none.
+
+    The first ``removed`` columns stand for tokens that the cache lacks, and mean nothing.
+    """
     if isinstance(mask, Mapping):
         mask = next((kind for kind in mask.values() if isinstance(kind, Tensor)), None)
     if not isinstance(mask, Tensor) or mask.ndim == 2:
         return mask
-    last = mask[:, 0, -1, : past + length]  # the last token sees all that is no padding
-    seen = last if last.dtype == torch.bool else last == 0
-    return None if bool(seen.all()) else seen
+    last = mask[:, 0, -1, : past - removed + length]  # the last token sees all that is no padding
+    valid = last if last.dtype == torch.bool else last == 0
+    return None if bool(valid.all()) else F.pad(valid, (removed, 0), value=True)
 
 
 def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:

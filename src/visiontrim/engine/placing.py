@@ -58,20 +58,27 @@ def placed(
                 members.setdefault(alike, []).append((number, tile, segment))
             before += visual.total
         number += 1
+    if not members:
+        return []
+    firsts = torch.tensor(  # of every segment the first among placeholders, and in what is encoded
+        [(owners[tile][1], starts[tile]) for segments in members.values() for _, tile, _ in segments]
+    )
+    here = [
+        first.T[..., None] + torch.stack([torch.cat([segment.index, segment.marks]) for _, _, segment in segments])
+        for first, segments in zip(firsts.split(list(map(len, members.values()))), members.values(), strict=True)
+    ]
+    there = torch.cat([group.flatten() for group in here]).to(device).split([group.numel() for group in here])
     groups = []
-    for (part, *_), segments in members.items():
-        start = torch.tensor([starts[tile] for _, tile, _ in segments])[:, None]
-        offset = torch.tensor([owners[tile][1] for _, tile, _ in segments])[:, None]
-        index = torch.stack([segment.index for _, _, segment in segments])
-        marks = torch.stack([segment.marks for _, _, segment in segments])
-        group = Group.uncompressed(
+    for ((part, *_), segments), flat, group in zip(members.items(), there, here, strict=True):
+        (places, index), (marks, marks_at) = flat.view_as(group).tensor_split((len(segments[0][2].index),), -1)
+        uncompressed = Group.uncompressed(
             tuple(owners[tile][0] for _, tile, _ in segments),
             tuple(number for number, _, _ in segments),
             part,
-            (offset + index).to(device),
-            (offset + marks).to(device),
+            places,
+            marks,
         )
-        groups.append(Placed(group, (start + index).to(device), (start + marks).to(device)))
+        groups.append(Placed(uncompressed, index, marks_at))
     return groups
 
 

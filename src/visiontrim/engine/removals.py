@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visiontrim.engine.cache import chunk_mask, make_trimmed, trimmed_layer
+from visiontrim.engine.cache import chunk_mask, make_trimmed, static, trimmed_layer
 from visiontrim.engine.forward import Alive, Prefill, Removal
 from visiontrim.engine.upstream import Cache, holds_tokens
 
@@ -60,4 +60,5 @@ def mark_plain(cache: Cache | None, layers: int, even: bool) -> None:
     """Tell ``cache`` whether the passes to come need no help; ``even``: all layers lack the same."""
     for index in range(layers):
         if (layer := trimmed_layer(cache, index)) is not None:
-            layer.plain = even and layer.key_mask is None and layer.shift is None
+            hides = layer.key_mask is not None and not static(cache)
+            layer.plain = even and not hides and layer.shift is None

@@ -31,7 +31,8 @@ def place_groups(prefill: Prefill, family: Family) -> None:
     call, ids = prefill.call, prefill.call.forward_ids
     copies = len(ids) // call.rows
     prefill.groups = [expanded(group, copies) for group in call.groups]
-    prefill.rows = [torch.tensor(group.rows, device=ids.device) for group in prefill.groups]
+    numbers = torch.tensor([row for group in prefill.groups for row in group.rows], dtype=torch.long, device=ids.device)
+    prefill.rows = list(numbers.split([len(group.rows) for group in prefill.groups]))
     wanted = sum(group.places.numel() + group.marks.numel() for group in prefill.groups)
     there = call.counted
     if there is not None and there.covers(ids):

@@ -57,6 +57,9 @@ FEATURE_FIELDS = ("image_", "video_")
 MASKS = {"full_attention": "create_causal_mask", "sliding_attention": "create_sliding_window_causal_mask"}
 """By the type of a decoder layer, the function of transformers that makes its attention mask."""
 
+STATIC_MASKS = ("create_masks_for_generate", masking_utils.create_masks_for_generate)
+"""The method of a model by which generate() makes the mask of a static cache, and what stands for it in most models."""
+
 CACHE_TENSORS = ("keys", "values", "_quantized_keys", "_quantized_values")
 """Attributes in which layers of caches store keys and values: tensors, or tuples with tensors."""
 QUANTIZED: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)

@@ -7,6 +7,7 @@ without one. It knows PyTorch; it knows nothing of models and methods.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -66,7 +67,7 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in READS:
             self._counts.stops[READS[func]] += 1
-        elif func in (torch.tensor, torch.as_tensor) and args and not isinstance(args[0], Tensor):
+        elif func in (torch.tensor, torch.as_tensor) and args and _values(args[0]):
             self._counts.copies += 1
         return func(*args, **kwargs)
 
@@ -91,6 +92,11 @@ class _Operations(TorchDispatchMode):
         made = isinstance(result, Tensor) and plain in ("empty", "zeros", "tensor")
         counts.empty += made and not result.numel()
         return result
+
+
+def _values(given: Any) -> bool:
+    """Whether there are values of the host in what becomes a tensor; an empty list has none."""
+    return not isinstance(given, Tensor) and not (isinstance(given, Sequence) and not given)
 
 
 def _by_mask(args: Any) -> bool:

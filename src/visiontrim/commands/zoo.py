@@ -69,10 +69,10 @@ def train(
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Train a bundled LLaVA. The same command again goes on where it was stopped."""
-    from visiontrim.zoo.training.recipe import train_natural, train_stage
-
     if stage is not None and stage not in STAGES[recipe]:
         raise TrimError(f"{stage.value} is no stage of {recipe.value}: choose {', '.join(STAGES[recipe])}")
+    from visiontrim.zoo.training.recipe import train_natural, train_stage
+
     stages = train_natural if recipe is Recipe.natural else train_stage
     for name in STAGES[recipe] if stage is None else (stage,):
         for line in stages(name.value, out, minutes, threads):

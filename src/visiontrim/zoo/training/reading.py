@@ -86,7 +86,7 @@ class ReadingStage(Stage):
     text_tokens: int = 150
 
 
-SETTLING = ReadingStage(steps=500, peak_rate=3e-4, final_rate=0.0, first=20_000, seed=1)
+SETTLING = ReadingStage(steps=640, peak_rate=3e-4, final_rate=0.0, first=20_000, seed=1)
 """The second part: on other scenes, with a rate that falls to zero."""
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visiontrim.core.errors import TrimError
@@ -34,7 +33,7 @@ from visiontrim.engine.contract import check_cached
 from visiontrim.engine.decoding import DecodingStage
 from visiontrim.engine.forward import Alive, Forward, Heard, Prefill
 from visiontrim.engine.hearing import Hearing
-from visiontrim.engine.masks import narrowed_mask
+from visiontrim.engine.masks import narrowed_mask, static_padding
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
 from visiontrim.engine.removals import expected_lengths, mark_plain, note_removals
@@ -207,7 +206,7 @@ class LanguageStage:
         batch, length = embeds.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         if cache is not None and static(cache):
-            mask = _padding(mask, past, getattr(cache.layers[0], "removed", 0), length)
+            mask = static_padding(mask, past, getattr(cache.layers[0], "removed", 0), length)
         if self._family.bidirectional and self._context.call is not None:
             mask = self._context.call.mask
         self._check_plain(mask)
@@ -379,20 +378,6 @@ class LanguageStage:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
-
-
-def _padding(mask: Any, past: int, removed: int, length: int) -> Tensor | None:
-    """The padding mask [batch, past + length] in the 4-D mask that generate() makes for a static cache; None: none.
-
-    The first ``removed`` columns stand for tokens that the cache lacks, and mean nothing.
-    """
-    if isinstance(mask, Mapping):
-        mask = next((kind for kind in mask.values() if isinstance(kind, Tensor)), None)
-    if not isinstance(mask, Tensor) or mask.ndim == 2:
-        return mask
-    last = mask[:, 0, -1, : past - removed + length]  # the last token sees all that is no padding
-    valid = last if last.dtype == torch.bool else last == 0
-    return None if bool(valid.all()) else F.pad(valid, (removed, 0), value=True)
 
 
 def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:

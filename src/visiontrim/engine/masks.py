@@ -1,4 +1,5 @@
-"""Masks that a model has prepared itself, because its images attend in both directions, cut down to what is left.
+"""Masks that were prepared before the language model, cut down to what is left: by a model whose images attend in both
+directions, or by generate() for a static cache.
 
 It knows rows and columns of a mask; it does not know why a token is gone.
 """
@@ -6,8 +7,10 @@ It knows rows and columns of a mask; it does not know why a token is gone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -51,3 +54,17 @@ def _narrowed(mask: Tensor, origin: Int[Tensor, "batch left"], valid: Bool[Tenso
     own = torch.eye(left, dtype=torch.bool, device=mask.device) & ~valid[:, None, :, None]
     here.masked_fill_(own, visible)
     return narrowed
+
+
+def static_padding(mask: Any, past: int, removed: int, length: int) -> Tensor | None:
+    """The padding mask [batch, past + length] in the 4-D mask that generate() makes for a static cache; None: none.
+
+    The first ``removed`` columns stand for tokens that the cache lacks, and mean nothing.
+    """
+    if isinstance(mask, Mapping):
+        mask = next((kind for kind in mask.values() if isinstance(kind, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.ndim == 2:
+        return mask
+    last = mask[:, 0, -1, : past - removed + length]  # the last token sees all that is no padding
+    valid = last if last.dtype == torch.bool else last == 0
+    return None if bool(valid.all()) else F.pad(valid, (removed, 0), value=True)

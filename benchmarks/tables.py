@@ -1,7 +1,7 @@
-"""The README's table and the model card's figures, from what `make table` left: python benchmarks/tables.py
+"""The README's tables and the model card's figures, from what `make table` left: python benchmarks/tables.py
 
 It rewrites what stands between two marks of README.md and of the card. Rows of methods without stored scores are left
-out.
+out, and tables of which nothing is stored stay as they are.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from visiontrim.evaluate.validity import table, title
+from visiontrim.evaluate.evaluation import CONTROLS
+from visiontrim.evaluate.published import averages
+from visiontrim.evaluate.validity import MODEL, table, title
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-BEGIN, END = "<!-- table: begin, written by benchmarks/tables.py -->", "<!-- table: end -->"
 NOTES = {
     "visiontrim": "",
     "visiontrim:variant=lean": "",
@@ -43,6 +44,12 @@ COLUMNS = (
     ("64, hard", "hard", 64),
     ("Qwen, 64 of 256", "canvases", 64),
 )
+
+
+NATURAL = (192, 128, 64)
+"""Columns of the model of natural scenes."""
+SHOWN = ("visiontrim", "fastervlm", *CONTROLS)
+"""Rows of which nothing has to be printed."""
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -77,6 +84,38 @@ def block(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def natural(found: dict[str, Any]) -> str:
+    """The paragraph and the table of the model of natural scenes, beside published averages of LLaVA-1.5-7B."""
+    by = {(score["method"], score["keep"]): score for score in found["scores"]}
+    text = (
+        f"Right answers of `bundled-natural` in % of its own {found['plain']['score']:.1f} % with all tokens, on "
+        f"{found['questions']} held-out questions about {found['groups']} scenes with natural backgrounds, at an equal "
+        "mean of vision tokens per decoder layer ([every method, intervals, times, pointing and yes/no]"
+        "(docs/results/natural/table.md), `make table-natural`). † does not beat `random`. In the last column, where "
+        "it is printed, the mean retention of LLaVA-1.5-7B with 64 tokens, of other questions."
+    )
+    printed = averages(MODEL)
+    rows = []
+    for method in dict.fromkeys(score["method"] for score in found["scores"]):
+        cells = [cell(by.get((method, keep))) for keep in NATURAL]
+        name = method.partition(":")[0]
+        seen = printed.get(name, {}).get(64) if "variant" not in method else None
+        if cells[-1] != "-" and (seen is not None or name in SHOWN):
+            rows.append((by[method, 64]["retention"], method, cells, "" if seen is None else f"{seen:.1f}"))
+    rows.sort(key=lambda row: -row[0])
+    return "\n".join(
+        [
+            *textwrap.wrap(text, 128, break_long_words=False, break_on_hyphens=False),
+            "",
+            "| | 192 of 576 | 128 | 64 | published, 64 |",
+            "|---|---|---|---|---|",
+            *(f"| `{method}` | {' | '.join(cells)} | {seen} |" for _, method, cells, seen in rows),
+            "",
+            "![Retention against time and against tokens, on natural scenes](docs/results/natural/frontier.png)",
+        ]
+    )
+
+
 def cell(score: dict[str, Any] | None) -> str:
     if score is None or score["retention"] is None:
         return "-"
@@ -84,21 +123,31 @@ def cell(score: dict[str, Any] | None) -> str:
     return f"{100 * score['retention']:.1f}" + (" †" if weak else "")
 
 
-def rewritten(text: str, new: str) -> str:
-    """``text`` with ``new`` between the marks."""
-    head, _, rest = text.partition(BEGIN)
-    _, mark, tail = rest.partition(END)
+def rewritten(text: str, new: str, name: str) -> str:
+    """``text`` with ``new`` between the two marks of this name."""
+    begin, end = f"<!-- {name}: begin, written by benchmarks/tables.py -->", f"<!-- {name}: end -->"
+    head, _, rest = text.partition(begin)
+    _, mark, tail = rest.partition(end)
     if not mark:
-        raise SystemExit(f"the marks {BEGIN} and {END} are missing")
-    return f"{head}{BEGIN}\n{new}\n{END}{tail}"
+        raise SystemExit(f"the marks {begin} and {end} are missing")
+    return f"{head}{begin}\n{new}\n{end}{tail}"
 
 
-def write(path: Path, new: str) -> None:
-    path.write_text(rewritten(path.read_text(encoding="utf-8"), new), encoding="utf-8")
-    print(path.relative_to(ROOT))
+def write(path: Path, new: str, name: str = "table") -> None:
+    path.write_text(rewritten(path.read_text(encoding="utf-8"), new, name), encoding="utf-8")
+    print(f"{path.relative_to(ROOT)}: {name}")
+
+
+def here(*names: str) -> bool:
+    return all((RESULTS / name).exists() for name in names)
 
 
 if __name__ == "__main__":
-    write(ROOT / "README.md", block({name: stored(name) for name in ("table", "hard", "canvases")}))
-    figures = json.loads((RESULTS / "table" / "validity.json").read_text(encoding="utf-8"))
-    write(ROOT / "src" / "visiontrim" / "zoo" / "README.md", f"{title(figures)}\n\n{table(figures)}")
+    readme = ROOT / "README.md"
+    if here("natural/scores.json"):
+        write(readme, natural(stored("natural")), "natural")
+    if here("table/scores.json", "hard/scores.json", "canvases/scores.json"):
+        write(readme, block({name: stored(name) for name in ("table", "hard", "canvases")}))
+    if here("table/validity.json"):
+        figures = json.loads((RESULTS / "table" / "validity.json").read_text(encoding="utf-8"))
+        write(ROOT / "src" / "visiontrim" / "zoo" / "README.md", f"{title(figures)}\n\n{table(figures)}")

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What make table compares.
-TABLE := all
+TABLE := all,visiontrim:variant=lean,visiontrim:variant=release
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
 RESULTS := benchmarks/results

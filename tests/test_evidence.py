@@ -309,9 +309,14 @@ def test_the_readme_gets_its_table_from_stored_scores():
     assert "`fastv`" not in text
     assert "the plain model's 99.2 %, on 365 questions about 44" in text
     readme = (root / "README.md").read_text()
-    written = tables["rewritten"](readme, text)
-    assert text in written
-    assert tables["rewritten"](written, text) == written
-    assert written.split(tables["BEGIN"])[0] == readme.split(tables["BEGIN"])[0]
+    natural = tables["natural"](one | {"scores": [*scores, score("visionzip", 192, 0.9, True)]})
+    assert "| `visionzip` | 90.0 | - | 66.9 † | 94.4 |\n| `random` | - | - | 50.8 |  |" in natural, "the best first"
+    assert "`fastv`" not in natural
+    for name, new in (("table", text), ("natural", natural)):
+        written = tables["rewritten"](readme, new, name)
+        assert new in written
+        assert tables["rewritten"](written, new, name) == written
+        begin = f"<!-- {name}: begin"
+        assert written.split(begin)[0] == readme.split(begin)[0]
     card = (root / "src" / "visiontrim" / "zoo" / "README.md").read_text()
-    assert "| x |" in tables["rewritten"](card, "| x |")
+    assert "| x |" in tables["rewritten"](card, "| x |", "table")

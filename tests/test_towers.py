@@ -257,7 +257,10 @@ def test_scores_become_a_card(zoo_cli, shipped, trained, tmp_path):
 
 def test_mistakes_are_told(zoo_cli, tmp_path):
     code, printed = zoo_cli("eval", "--split", "easy")
-    assert (code, printed.err) == (2, "visiontrim: there is no split 'easy': choose standard, hard, turns, video\n")
+    assert (code, printed.err) == (
+        2,
+        "visiontrim: there is no split 'easy' of llava: choose standard, hard, turns, video\n",
+    )
     code, printed = zoo_cli("card", tmp_path / "none.json")
     assert code == 2
     assert "visiontrim zoo eval --out" in printed.err

@@ -123,7 +123,7 @@ def symbolic_tokens(
     owner, center = facts.owner.gather(1, patch), facts.center.gather(1, patch)
     words = facts.words.gather(1, owner[..., None].expand(-1, -1, 3))  # [scenes, tokens, 3]
     # <pad> means that there is nothing to say
-    vectors = torch.where(torch.arange(len(WORDS))[:, None] == PAD, 0.0, embeddings)
+    vectors = torch.where(torch.arange(len(embeddings))[:, None] == PAD, 0.0, embeddings)
     features = vectors[words].sum(dim=2)
     if placed:
         features += coordinate_code(embeddings)[patch]

@@ -230,7 +230,7 @@ def table(told: dict[str, Any]) -> str:
         for row in rows.values():
             plain, of = rows[row["beside"]], row["of_plain"]
             if row is plain:
-                time = f"{row['cpu_seconds']:.1f} s" if "cpu_seconds" in row else "-"
+                time = "1" if "cpu_seconds" in row else "-"
                 shares = [f"{row['flops'] / 1e9:,.0f} G", time]
                 shares += [f"{row[key] / 1e6:.0f} MB" for key in ("peak_bytes", "cache_bytes")]
                 more = [str(row[key]) for key in ("kernels", "stops")]

@@ -21,13 +21,14 @@ from visiontrim.zoo.scenes import STANDARD
 from visiontrim.zoo.suite import conversations
 from visiontrim.zoo.training.decoder import DecoderShape, forward
 from visiontrim.zoo.training.joint import Eyes, JointRun, JointStage
+from visiontrim.zoo.training.joint_space import PHRASES, caption, questions_that_name
 from visiontrim.zoo.training.loop import train
 from visiontrim.zoo.training.packing import IMAGE_START, pack
 from visiontrim.zoo.training.ship import load_decoder, ship
 from visiontrim.zoo.training.stages import DecoderRun, DecoderStage
 from visiontrim.zoo.training.symbolic import WORD_ID, SceneFacts
 from visiontrim.zoo.training.tower import TEXT_LENGTH, look, new_clip, patchify, read_texts
-from visiontrim.zoo.training.vision import PHRASES, VisionRun, VisionStage, caption, questions_that_name
+from visiontrim.zoo.training.vision import VisionRun, VisionStage
 
 SHAPE = DecoderShape(layers=4, hidden=96, mlp=32)
 VISION = VisionStage(steps=4, hidden=96, scenes=2, whole_scenes=1, patches=(40, 48), pool=6, log_every=2)

@@ -26,10 +26,11 @@ from visiontrim.zoo.natural_scenes import STRING, NaturalScene
 from visiontrim.zoo.questions import Question
 from visiontrim.zoo.scenes import GRID, Object
 from visiontrim.zoo.training.decoder import DecoderShape, answered, forward, new_decoder
+from visiontrim.zoo.training.joint_space import joint_space
 from visiontrim.zoo.training.loop import Result, Run, Stage
 from visiontrim.zoo.training.packing import IGNORED, pack, words_of
 from visiontrim.zoo.training.scaffold import Noun, nouns_of
-from visiontrim.zoo.training.seeing import PATCHES, Facts, Towers, natural_scene, token_loss
+from visiontrim.zoo.training.seeing import NATURAL, PATCHES, Facts, Towers, natural_scene, token_loss
 from visiontrim.zoo.training.symbolic import VisionTokens, word_embeddings
 
 SHARES = {
@@ -293,7 +294,7 @@ class ReadingRun(Run):
             more, found = self.towers.bag_loss(states, scenes)
             loss, values = loss + stage.bag * more, values | found
             if step % stage.joint_every == 0:
-                more, found = self.towers.joint_loss(rng, scenes, facts.owner, states[-1])
+                more, found = joint_space(self.towers.clip, rng, scenes, facts.owner, states[-1], NATURAL)
                 loss, values = loss + more, values | found
         self.descend(loss)
         good = answered(run.logits, packed)

@@ -30,11 +30,11 @@ from visiontrim.zoo.natural_questions import MORE_WORDS, NATURAL_TYPES, NATURAL_
 from visiontrim.zoo.natural_scenes import STRING, NaturalScene, draw_natural
 from visiontrim.zoo.questions import CHARACTERS
 from visiontrim.zoo.scenes import COLORS, GRID, KINDS, SIZE, Object
+from visiontrim.zoo.training.joint_space import SCALE_LIMIT, Naming, joint_space
 from visiontrim.zoo.training.loop import Result, Run, Stage
-from visiontrim.zoo.training.scaffold import named, nouns_of
 from visiontrim.zoo.training.symbolic import PAD, WORD_ID, word_embeddings
-from visiontrim.zoo.training.tower import TEXT_LENGTH, look, new_clip, new_projector, patchify, project, read_texts
-from visiontrim.zoo.training.vision import CANDIDATES, NO_CHARACTER, PHRASES, SCALE_LIMIT, SHARPNESS
+from visiontrim.zoo.training.tower import look, new_clip, new_projector, patchify, project
+from visiontrim.zoo.training.vision import NO_CHARACTER, SHARPNESS
 
 PATCHES = GRID * GRID
 BACKGROUND = 0.06
@@ -207,89 +207,14 @@ class Towers(nn.Module):
             values[f"[CLS] {name}"] = (said == there).float().mean().item()
         return loss, values
 
-    def joint_loss(
-        self,
-        rng: random.Random,
-        scenes: Sequence[NaturalScene],
-        owner: Int[Tensor, "scenes tokens"],
-        last: Float[Tensor, "scenes 1+tokens width"],
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Captions, phrases and questions against pictures and patches."""
-        joint = F.normalize(self.clip.visual_projection(self.clip.vision_model.post_layernorm(last)), dim=-1)
-        scale = self.clip.logit_scale.exp()
-        loss, values = torch.zeros(()), {}
-        if len(scenes) > 8:
-            texts, ends = read_texts(self.clip, [caption(rng, scene.objects) for scene in scenes])
-            logits = scale * joint[:, 0] @ texts[torch.arange(len(texts)), ends].T
-            same = torch.arange(len(scenes))
-            loss = 0.3 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
-            values["caption"] = (logits.argmax(dim=1) == same).float().mean().item()
-
-        names = [[phrase(o) for o in scene.objects] for scene in scenes]
-        there = list(dict.fromkeys(name for row in names for name in row))
-        others = [one for one in PHRASES if one not in there]
-        phrases = there + rng.sample(others, max(8, CANDIDATES - len(there)))
-        number = {one: n for n, one in enumerate(phrases)}
-        index = torch.full((len(scenes), 1 + max(map(len, names))), -1)
-        for row, found in enumerate(names):
-            index[row, 1 : 1 + len(found)] = torch.tensor([number[name] for name in found])
-        target = index.gather(1, owner)[owner > 0]
-        texts, ends = read_texts(self.clip, [one.split() for one in phrases])
-        logits = scale * joint[:, 1:][owner > 0] @ texts[torch.arange(len(texts)), ends].T
-        loss = loss + 0.6 * F.cross_entropy(logits, target)
-        values["phrase"] = (logits.argmax(dim=1) == target).float().mean().item()
-
-        asked, spoken = naming_questions(rng, scenes)
-        texts, _ = read_texts(self.clip, [text.split() for text in asked])
-        scene, text, place = torch.tensor([where for where, _ in spoken]).unbind(dim=1)
-        means = torch.zeros(len(spoken), 1 + max(map(len, names)), dtype=torch.bool)
-        for row, (_, objects) in enumerate(spoken):
-            means[row, 1 : 1 + len(objects)] = torch.tensor(objects)
-        similar = scale * (joint[scene, 1:] @ texts[text, place][..., None])[..., 0]
-        meant = means.gather(1, owner[scene])
-        meant, similar = meant[meant.any(dim=1)], similar[meant.any(dim=1)]
-        values["question"] = meant.gather(1, similar.argmax(dim=1, keepdim=True)).float().mean().item()
-        to_patches = -(similar.log_softmax(dim=1) * meant).sum(dim=1) / meant.sum(dim=1)
-        return loss + 0.3 * to_patches.mean(), values
-
 
 def phrase(obj: Object) -> str:
     """The object in words of the vocabulary: "a red digit 7", "a red string 7 A"."""
     return f"a {obj.color} {STRING} {' '.join(obj.value or '')}" if obj.kind == STRING else obj.phrase
 
 
-def caption(rng: random.Random, objects: Sequence[Object]) -> list[str]:
-    """All objects in random order, as many as the text tower can read."""
-    words: list[str] = []
-    for obj in rng.sample(list(objects), len(objects)):
-        more = [*(["and"] if words else []), *phrase(obj).split()]
-        if len(words) + len(more) + 2 > TEXT_LENGTH:
-            break
-        words += more
-    return words
-
-
-def naming_questions(
-    rng: random.Random, scenes: Sequence[NaturalScene]
-) -> tuple[list[str], list[tuple[tuple[int, int, int], list[bool]]]]:
-    """A question about each scene that names something in it; nouns and end with the objects that they mean."""
-    texts: list[str] = []
-    spoken: list[tuple[tuple[int, int, int], list[bool]]] = []
-    for number, scene in enumerate(scenes):
-        for _ in range(6):
-            question = ask_natural(rng, scene.objects, rng.choice(NATURAL_TYPES))
-            if question is None:
-                continue
-            nouns = nouns_of(question.text)
-            meant = [named(question, noun, scene.objects) for noun in nouns]
-            if not nouns or not all(map(any, meant)):
-                continue
-            spoken += [((number, len(texts), 1 + n.place), row) for n, row in zip(nouns, meant, strict=True)]
-            end = 1 + len(question.text.split())
-            spoken.append(((number, len(texts), end), [any(column) for column in zip(*meant, strict=True)]))
-            texts.append(question.text)
-            break
-    return texts, spoken
+NATURAL = Naming(phrase, lambda rng, objects: ask_natural(rng, objects, rng.choice(NATURAL_TYPES)), tries=6)
+"""What is said of natural scenes."""
 
 
 def _bag(objects: Sequence[Object]) -> Float[Tensor, " bag"]:
@@ -350,7 +275,7 @@ class SeeingRun(Run):
         more, found = self.towers.bag_loss(states, scenes)
         loss, values = loss + stage.bag * more, values | found
         if step % stage.text_every == 0:
-            more, found = self.towers.joint_loss(rng, scenes, seen.owner, states[-1])
+            more, found = joint_space(self.towers.clip, rng, scenes, seen.owner, states[-1], NATURAL)
             loss, values = loss + more, values | found
         self.descend(loss)
         with torch.no_grad():

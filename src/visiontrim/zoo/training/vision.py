@@ -11,7 +11,6 @@ Losses, all on patches drawn so that every object is among them:
 from __future__ import annotations
 
 import functools
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,26 +20,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from visiontrim.zoo.questions import TYPES, WORDS, ask
-from visiontrim.zoo.scenes import COLORS, DIGITS, GRID, LETTERS, PATCH, SHAPES, Object, Scene
+from visiontrim.zoo.questions import WORDS
+from visiontrim.zoo.scenes import GRID, PATCH, Scene
+from visiontrim.zoo.training.joint_space import SCALE_LIMIT, joint_space
 from visiontrim.zoo.training.loop import Result, Run, Stage, training_scene
-from visiontrim.zoo.training.scaffold import named, nouns_of
 from visiontrim.zoo.training.symbolic import ATTRIBUTES, PAD, WORD_ID, SceneFacts, symbolic_tokens, word_embeddings
-from visiontrim.zoo.training.tower import TEXT_LENGTH, look, new_clip, new_projector, patchify, project, read_texts
+from visiontrim.zoo.training.tower import look, new_clip, new_projector, patchify, project
 
-PHRASES = (
-    *(f"a {color} {shape}" for color in COLORS for shape in SHAPES),
-    *(f"a {color} digit {digit}" for color in COLORS for digit in DIGITS),
-    *(f"a {color} letter {letter}" for color in COLORS for letter in LETTERS),
-)
-"""Every object by its name."""
 OBJECT, CENTER, BACKGROUND = 1.0, 2.0, 0.12
 """Weights of patches in the losses of the token space."""
 SHARPNESS, NO_CHARACTER = 7.0, 2.5
 """Logit of a word for a cosine of 1, and logit of no character at all."""
-CANDIDATES = 100
-"""Phrases that a patch is told apart from."""
-SCALE_LIMIT = math.log(60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +99,7 @@ class VisionRun(Run):
         states = look(self.clip.vision_model, pixels, patch)
         loss, values = self.token_space(facts, scenes, patch, states[-2][:, 1:])
         if step % stage.text_every == 0:
-            last = self.clip.vision_model.post_layernorm(states[-1])
-            joint = F.normalize(self.clip.visual_projection(last), dim=-1)
-            more, found = self.joint_space(rng, scenes, facts.owner.gather(1, patch), joint)
+            more, found = joint_space(self.clip, rng, scenes, facts.owner.gather(1, patch), states[-1])
             loss, values = loss + more, values | found
         self.descend(loss)
         with torch.no_grad():
@@ -161,86 +149,3 @@ class VisionRun(Run):
         middle = PATCH * (torch.stack([patch % GRID, patch // GRID], dim=-1) + 0.5)
         place = torch.cat([place[..., :2] - middle, place[..., 2:]], dim=-1) / PATCH
         return loss + F.smooth_l1_loss(self.geometry(features)[shown], place[shown]), values
-
-    def joint_space(
-        self,
-        rng: random.Random,
-        scenes: Sequence[Scene],
-        owner: Int[Tensor, "scenes tokens"],
-        joint: Float[Tensor, "scenes 1+tokens joint"],
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Losses of captions, phrases and questions; ``joint`` are unit vectors, that of [CLS] first."""
-        scale = self.clip.logit_scale.exp()
-        loss, values = torch.zeros(()), {}
-        if len(scenes) > 8:
-            texts, ends = read_texts(self.clip, [caption(rng, scene.objects) for scene in scenes])
-            logits = scale * joint[:, 0] @ texts[torch.arange(len(texts)), ends].T
-            same = torch.arange(len(scenes))
-            loss = 0.3 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
-            values["caption"] = (logits.argmax(dim=1) == same).float().mean().item()
-
-        names = [[o.phrase for o in scene.objects] for scene in scenes]
-        there = list(dict.fromkeys(name for row in names for name in row))
-        others = [phrase for phrase in PHRASES if phrase not in there]
-        phrases = there + rng.sample(others, min(len(others), max(8, CANDIDATES - len(there))))
-        number = {phrase: n for n, phrase in enumerate(phrases)}
-        index = torch.full((len(scenes), 1 + max(map(len, names))), -1)
-        for row, found in enumerate(names):
-            index[row, 1 : 1 + len(found)] = torch.tensor([number[name] for name in found])
-        shown = owner > 0
-        target = index.gather(1, owner)[shown]
-        texts, ends = read_texts(self.clip, [phrase.split() for phrase in phrases])
-        logits = scale * joint[:, 1:][shown] @ texts[torch.arange(len(texts)), ends].T
-        loss = loss + 0.6 * F.cross_entropy(logits, target)
-        values["phrase"] = (logits.argmax(dim=1) == target).float().mean().item()
-
-        asked, spoken = questions_that_name(rng, scenes)
-        texts, _ = read_texts(self.clip, [text.split() for text in asked])
-        scene, text, place = torch.tensor([where for where, _ in spoken]).unbind(dim=1)
-        most = 1 + max(len(objects) for _, objects in spoken)
-        means = torch.zeros(len(spoken), most, dtype=torch.bool)
-        for row, (_, objects) in enumerate(spoken):
-            means[row, : 1 + len(objects)] = torch.tensor([False, *objects])
-        similar = scale * (joint[scene, 1:] @ texts[text, place][..., None])[..., 0]
-        meant = means.gather(1, owner[scene])
-        meant, similar = meant[meant.any(dim=1)], similar[meant.any(dim=1)]
-        to_patches = -(similar.log_softmax(dim=1) * meant).sum(dim=1) / meant.sum(dim=1)
-        values["question"] = meant.gather(1, similar.argmax(dim=1, keepdim=True)).float().mean().item()
-        return loss + 0.3 * to_patches.mean(), values
-
-
-def caption(rng: random.Random, objects: Sequence[Object]) -> list[str]:
-    """ "a red star and a blue digit 7 and ...", in random order, as many objects as the text tower can read."""
-    words: list[str] = []
-    for obj in rng.sample(list(objects), len(objects)):
-        more = [*(["and"] if words else []), *obj.phrase.split()]
-        if len(words) + len(more) + 2 > TEXT_LENGTH:
-            break
-        words += more
-    return words
-
-
-def questions_that_name(
-    rng: random.Random, scenes: Sequence[Scene]
-) -> tuple[list[str], list[tuple[tuple[int, int, int], list[bool]]]]:
-    """A question about each scene that names something in it; its nouns and its end as scene, text and word, with the
-    objects that they mean."""
-    texts: list[str] = []
-    spoken: list[tuple[tuple[int, int, int], list[bool]]] = []
-    for number, scene in enumerate(scenes):
-        for _ in range(4):
-            question = ask(rng, scene.objects, rng.choice(TYPES))
-            if question is None:
-                continue
-            nouns = nouns_of(question.text)
-            meant = [named(question, noun, scene.objects) for noun in nouns]
-            if not all(map(any, meant)):
-                continue
-            spoken += [
-                ((number, len(texts), 1 + noun.place), objects) for noun, objects in zip(nouns, meant, strict=True)
-            ]
-            end = 1 + len(question.text.split())
-            spoken.append(((number, len(texts), end), [any(column) for column in zip(*meant, strict=True)]))
-            texts.append(question.text)
-            break
-    return texts, spoken

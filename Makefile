@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What make table compares.
 TABLE := all,visiontrim:variant=lean,visiontrim:variant=release
+# every method for videos, and some for pictures beside them
+VIDEO := aot,dycoke,evs,fastvid,flashvid,holitom,holitom-inner,st-gridpool,v-cast,vidcom2,visiontrim,divprune,fastv
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/tested.txt
 
 RESULTS := benchmarks/results
 SPEED := $(RESULTS)/bundled-cpu.json $(RESULTS)/llava-7b-slice-cpu.json
 
-.PHONY: help demo test table table-natural table-standard table-hard table-canvases bench matrix serving install-check clean
+.PHONY: help demo test table table-natural table-clips table-standard table-hard table-canvases bench matrix serving install-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,7 +46,7 @@ test: $(VENV)/.tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright & types=$$!; $(BIN)/pytest -n auto; tests=$$?; wait $$types && exit $$tests  # pyright needs one core for a minute
 
-table: table-natural table-standard table-hard table-canvases
+table: table-natural table-clips table-standard table-hard table-canvases
 	$(BIN)/visiontrim zoo validity --out docs/results/table
 	$(BIN)/python benchmarks/tables.py
 
@@ -54,6 +56,11 @@ table-standard: $(VENV)/.runs
 table-natural: $(VENV)/.runs
 	$(BIN)/visiontrim eval --model bundled-natural --methods $(TABLE) --keep 192,128,64 --scenes 20 --threads 1 \
 		--out docs/results/natural
+	$(BIN)/python benchmarks/tables.py
+
+table-clips: $(VENV)/.runs
+	$(BIN)/visiontrim eval --suite clips --model bundled-video --methods $(VIDEO) --keep 192,96 --scenes 20 --threads 1 \
+		--out docs/results/clips
 	$(BIN)/python benchmarks/tables.py
 
 table-hard: $(VENV)/.runs

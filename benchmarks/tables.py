@@ -48,6 +48,8 @@ COLUMNS = (
 
 NATURAL = (192, 128, 64)
 """Columns of the model of natural scenes."""
+CLIPS = (192, 96)
+"""Columns of the model of videos."""
 SHOWN = ("visiontrim", "fastervlm", *CONTROLS)
 """Rows of which nothing has to be printed."""
 
@@ -116,6 +118,42 @@ def natural(found: dict[str, Any]) -> str:
     )
 
 
+def clips(found: dict[str, Any]) -> str:
+    """The paragraph and the table of the model of videos: everything, and what moved and what appeared alone."""
+    by = {(score["method"], score["keep"]): score for score in found["scores"]}
+    motion = found["plain"]["by_type"]
+    text = (
+        f"Right answers of `bundled-video` in % of its own {found['plain']['score']:.1f} % with all tokens, on "
+        f"{found['questions']} held-out questions about {found['groups']} clips of 4 to 8 frames, 576 to 1,152 tokens, "
+        "at an equal mean of vision tokens per decoder layer; behind it the right answers in % to two types of "
+        f"questions, *what moved?* and *what appeared?* (all tokens: {motion['moved']:.0f} and "
+        f"{motion['appeared']:.0f}). [Intervals, times, every type](docs/results/clips/table.md), `make table-clips`; "
+        "† does not beat `random`."
+    )
+    rows = []
+    for method in dict.fromkeys(score["method"] for score in found["scores"]):
+        scores = [by.get((method, keep)) for keep in CLIPS]
+        kinds = [
+            "-" if score is None or score["retention"] is None else f"{score['by_type'][type]:.0f}"
+            for type in ("moved", "appeared")
+            for score in scores
+        ]
+        cells = [*map(cell, scores), *kinds]
+        if method != "none" and set(cells) != {"-"}:
+            rows.append((max(s["retention"] or 0 for s in scores[-1:] if s), f"| `{method}` | {' | '.join(cells)} |"))
+    rows.sort(key=lambda row: -row[0])
+    heads = [f"{type}, {keep}" for type in ("moved", "appeared") for keep in CLIPS]
+    return "\n".join(
+        [
+            *textwrap.wrap(text, 128, break_long_words=False, break_on_hyphens=False),
+            "",
+            f"| | {CLIPS[0]} tokens | {CLIPS[1]} | {' | '.join(heads)} |",
+            "|---" * (3 + len(heads)) + "|",
+            *(row for _, row in rows),
+        ]
+    )
+
+
 def cell(score: dict[str, Any] | None) -> str:
     if score is None or score["retention"] is None:
         return "-"
@@ -146,6 +184,8 @@ if __name__ == "__main__":
     readme = ROOT / "README.md"
     if here("natural/scores.json"):
         write(readme, natural(stored("natural")), "natural")
+    if here("clips/scores.json"):
+        write(readme, clips(stored("clips")), "clips")
     if here("table/scores.json", "hard/scores.json", "canvases/scores.json"):
         write(readme, block({name: stored(name) for name in ("table", "hard", "canvases")}))
     if here("table/validity.json"):

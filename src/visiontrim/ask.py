@@ -28,6 +28,7 @@ from visiontrim.models import TextTower
 from visiontrim.models.checkpoints import check_there, loaded, sentence, whole
 from visiontrim.run import Run, trim
 from visiontrim.zoo.natural_questions import normalise_natural
+from visiontrim.zoo.watching import normalise_video
 
 BUNDLED = "bundled"
 """Name of the LLaVA that ships with the package, with its text tower."""
@@ -35,7 +36,9 @@ BUNDLED_QWEN = "bundled-qwen"
 """Name of the Qwen2.5-VL that ships with it."""
 BUNDLED_NATURAL = "bundled-natural"
 """Name of the LLaVA of natural scenes that ships with it, with its text tower."""
-OWN = (BUNDLED, BUNDLED_QWEN, BUNDLED_NATURAL)
+BUNDLED_VIDEO = "bundled-video"
+"""Name of the Qwen2.5-VL that ships with it for clips: the pictures that it is asked about are their frames."""
+OWN = (BUNDLED, BUNDLED_QWEN, BUNDLED_NATURAL, BUNDLED_VIDEO)
 TOWERS = ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
 """Names to which a wrong one of a text tower is compared."""
 FALLBACK_PROMPT = "USER: {images}{question} ASSISTANT:"
@@ -129,6 +132,8 @@ def load(
         normalise = normalise_natural
     elif name == BUNDLED_QWEN:
         (model, processor), tower, normalise = zoo.load_qwen(), None, zoo.normalise
+    elif name == BUNDLED_VIDEO:
+        (model, processor), tower, normalise = zoo.load_video(), None, normalise_video
     else:
         check_there("model", name, (*OWN, *checkpoints()))
         processor = loaded("processor of", name, AutoProcessor.from_pretrained)

@@ -33,7 +33,12 @@ from visiontrim.models.family import Family, Generic
 from visiontrim.promises import Result, checked
 from visiontrim.run import trim
 
-BUNDLED = {"bundled": zoo.MODEL_DIR, "bundled-qwen": zoo.QWEN_DIR, "bundled-natural": zoo.NATURAL_DIR / "llava"}
+BUNDLED = {
+    "bundled": zoo.MODEL_DIR,
+    "bundled-qwen": zoo.QWEN_DIR,
+    "bundled-natural": zoo.NATURAL_DIR / "llava",
+    "bundled-video": zoo.VIDEO_DIR,
+}
 """Models that ship with the package, and where."""
 SMALL = 2**29
 """Bytes of weights on the disk up to which a model is tried itself; of a larger one, two layers are."""

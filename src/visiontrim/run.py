@@ -25,7 +25,7 @@ from visiontrim.images import as_seen, deviations
 from visiontrim.methods.controls import Uniform
 from visiontrim.models.family import unwrapped
 from visiontrim.models.text import Reader, TextTower, guidance_of, words_of
-from visiontrim.picture import token_map
+from visiontrim.picture import Frames, token_map
 from visiontrim.report import Report
 
 _open: WeakKeyDictionary[PreTrainedModel, ref[Run]] = WeakKeyDictionary()
@@ -216,10 +216,11 @@ class Run:
         """What the latest prefill saved: one line as text, ``table()`` for rich, ``to_dict()`` for JSON."""
         return Report.of(self.trace, self.method, self._family, self._rule, self.audio_method)
 
-    def picture(self, image: Image.Image, number: int = 0, part: int = 0) -> Image.Image:
+    def picture(self, image: Frames, number: int = 0, part: int = 0) -> Image.Image:
         """Draw on ``image``, the prompt's image ``number``, which of its tokens were kept, merged and dropped.
 
-        An anyres image has an overview as ``part`` 0 and the mosaic of its tiles as part 1.
+        An anyres image has an overview as ``part`` 0 and the mosaic of its tiles as part 1. A video is a list of its
+        frames, and counts as an image.
         """
         images = 1 + max((image.number for image in self.trace.images), default=-1)
         parts = [image for image in self.trace.images if image.number == number]
@@ -227,7 +228,8 @@ class Run:
             raise TrimError(f"there is no image {number}: the prompt had {images}, counted from 0")
         if not 0 <= part < len(parts):
             raise TrimError(f"there is no part {part} of image {number}: it has {len(parts)}, counted from 0")
-        seen = as_seen(image, getattr(self._processor, "image_processor", None))
+        look = getattr(self._processor, "image_processor", None)
+        seen = as_seen(image, look) if isinstance(image, Image.Image) else [as_seen(one, look) for one in image]
         return token_map(seen, parts[part])
 
     def _finish(self, trace: Trace) -> None:

@@ -26,7 +26,8 @@ def doctor(
         str,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="bundled, bundled-qwen, bundled-natural, a preset, a directory or config.json, or a hub name.",
+            help="bundled, bundled-qwen, bundled-natural, bundled-video, a preset, a directory or config.json, or a "
+            "hub name.",
         ),
     ] = "bundled",
     device: Device = "cpu",

@@ -81,15 +81,15 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME|NAME:ROOT|FILE",
-            help="shapes or canvases, which are bundled (canvases for bundled-qwen), an official benchmark and the "
-            "folder of its files, or questions in a file or a folder.",
+            help="shapes, canvases or clips, which are bundled (canvases for bundled-qwen, clips for bundled-video), "
+            "an official benchmark and the folder of its files, or questions in a file or a folder.",
         ),
     ] = "shapes",
     split: Annotated[
         str | None,
         typer.Option(
-            help="Of shapes: standard, hard, turns, video or natural; of canvases: rows x columns, each cell a vision "
-            "token. Default: standard, natural for bundled-natural, or 16x16."
+            help="Of shapes: standard, hard, turns, video or natural; of canvases and clips: rows x columns, each "
+            "cell a vision token. Default: standard, natural for bundled-natural, 16x16, or 12x12."
         ),
     ] = None,
     methods: Methods = "visiontrim",

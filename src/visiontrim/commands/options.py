@@ -34,7 +34,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         metavar="ID_OR_DIR",
-        help="Hub name or directory, bundled, bundled-qwen or bundled-natural. Default: this package's small model.",
+        help="Hub name or directory, bundled, bundled-qwen, bundled-natural or bundled-video. Default: this package's "
+        "small model.",
     ),
 ]
 TextTower = Annotated[

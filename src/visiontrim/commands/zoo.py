@@ -83,17 +83,20 @@ class ModelName(StrEnum):
     llava = "llava"
     qwen = "qwen"
     natural = "natural"
+    video = "video"
 
 
 @app.command("eval", cls=Command, epilog="Example:  visiontrim zoo eval qwen --split 16x12 --scenes 20")
 def evaluate(
-    name: Annotated[ModelName, typer.Argument(metavar="MODEL", help="llava, qwen or natural.")] = ModelName.llava,
+    name: Annotated[
+        ModelName, typer.Argument(metavar="MODEL", help="llava, qwen, natural or video.")
+    ] = ModelName.llava,
     split: Annotated[
         list[str] | None,
         typer.Option(
             help="Of llava: standard, hard, turns or video; by default the first. Of natural: natural, by default, or "
-            "one of llava's. Of qwen: rows x columns of cells of 12 pixels, such as 16x12; by default four sizes. May "
-            "be repeated."
+            "one of llava's. Of qwen: rows x columns of cells of 12 pixels, such as 16x12; by default four sizes. Of "
+            "video: the same of a frame, by default 12x12. May be repeated."
         ),
     ] = None,
     scenes: Annotated[int | None, typer.Option(min=1, help="Only the first scenes of each split.")] = None,
@@ -112,8 +115,9 @@ def evaluate(
     if out is not None:
         check_file(out, "--out")
         _known(out)
-    if name is ModelName.qwen:
-        _evaluate_qwen(split, scenes, keep, model, control_scenes, out)
+    if name in (ModelName.qwen, ModelName.video):
+        evaluate = _evaluate_qwen if name is ModelName.qwen else _evaluate_video
+        evaluate(split, scenes, keep, model, control_scenes, out)
         return
     from visiontrim.commands.progress import Progress
     from visiontrim.zoo.evaluate import report
@@ -149,6 +153,21 @@ def _evaluate_qwen(
         _print(scores[-1], f"canvases of {text}", out)
     if len(scores) > 1:
         _print(pooled(scores), f"canvases of {', '.join(grids)}", out)
+
+
+def _evaluate_video(
+    sizes: list[str] | None, scenes: int | None, keep: int, model: Path | None, control_scenes: int, out: Path | None
+) -> None:
+    from visiontrim.commands.progress import Progress
+    from visiontrim.zoo.canvas_scores import parse_grid
+    from visiontrim.zoo.clip_scores import CLIP_SIZE, CLIPS, clip_report
+    from visiontrim.zoo.watching import load_video
+
+    quiet()
+    bundle = load_video(model)
+    for text, grid in {text: parse_grid(text) for text in sizes or [CLIP_SIZE]}.items():
+        progress = Progress(f"clips of {text}: questions x ways to look")
+        _print(clip_report(bundle, grid, scenes or CLIPS, keep, control_scenes, progress), f"clips of {text}", out)
 
 
 def _print(scores: Scores, name: str, out: Path | None) -> None:
@@ -247,6 +266,8 @@ def _bed(name: ModelName, model: Path | None, scenes: int) -> tuple[Speaker, tup
             other, processor = zoo.load_qwen(model)
             speaker = dataclasses.replace(speaker, model=other, processor=processor)
         return speaker, ("canvases", CANVASES[0]), list(zoo.held_out_canvases(grid, scenes)), grid[0] * grid[1]
+    if name is ModelName.video:
+        raise TrimError("what is known of LLaVA-1.5-7B is about pictures: choose llava, qwen or natural, not video")
     natural = name is ModelName.natural
     split = "natural" if natural else "standard"
     if natural and model is not None:  # whose words are those of natural scenes, though none may ship

@@ -77,6 +77,7 @@ class Examiner:
             raise TrimError(f"{suite.name} brings its own prompts: leave the protocol {self.protocol.name} away")
         self.batches = suite.batches(batch)
         _ready(speaker)
+        _check_words(speaker, suite)
         self.weights = fingerprint(speaker.model)
         self._name = f"{self.weights}-{setup(speaker)}"
         self._digests = Digests()
@@ -223,6 +224,22 @@ def _ready(speaker: Speaker) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+
+
+def _check_words(speaker: Speaker, suite: Suite) -> None:
+    """Raise :class:`TrimError` where the suite's own prompts hold words that the model would read as padding."""
+    tokenizer: Any = speaker.processor.tokenizer
+    prompts = (item.prompt for item in suite.items if item.prompt is not None)
+    words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
+    if tokenizer.unk_token_id is None or not words:
+        return
+    read = tokenizer([*words], add_special_tokens=False)["input_ids"]
+    foreign = [word for word, ids in zip(words, read, strict=True) if tokenizer.unk_token_id in ids]
+    if foreign:
+        raise TrimError(
+            f"{speaker.name} does not know {len(foreign)} words of {suite.name}, {foreign[0]!r} among them: give the "
+            "--model that this suite is for, see visiontrim eval --help"
+        )
 
 
 def _lengths(speaker: Speaker, new: Int[Tensor, "batch tokens"]) -> tuple[int, ...]:

@@ -54,8 +54,10 @@ def _map(examiner: Examiner, item: Item, cell: Cell) -> Image.Image:
     speaker, protocol = examiner.speaker, examiner.protocol
     inputs = encode(speaker, [item], protocol)
     run = answers(speaker, [item], inputs, cell.load(), examiner.max_new_tokens, protocol).run
-    pictures = item.pictures()
-    return run.picture(protocol.shown(pictures[-1], speaker.processor), len(pictures) - 1)  # pyright: ignore[reportOptionalMemberAccess]
+    pictures = [protocol.shown(picture, speaker.processor) for picture in item.pictures()]
+    if getattr(speaker.processor, "makes_videos", False):
+        return run.picture(pictures)  # pyright: ignore[reportOptionalMemberAccess]
+    return run.picture(pictures[-1], len(pictures) - 1)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _caption(item: Item, answer: str, right: bool) -> str:

@@ -43,13 +43,18 @@ def boundless(speaker: Speaker) -> Speaker:
 def shrunk(items: Sequence[Item], keep: Amount | None, processor: Any) -> list[Item]:
     """The items with pictures of at most ``keep`` tokens each; ``processor`` is that of :func:`boundless`.
 
-    One that has no more stays as it is; equal pictures stay one object, so that they are encoded once.
+    The frames of a processor that makes one video of them share the budget. A picture that has no more stays as it is;
+    equal ones stay one object, so that they are encoded once.
     """
     small: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     keys = [tuple(id(one) if isinstance(one, Image.Image) else one for one in item.sources) for item in items]
     for key, item in zip(keys, items, strict=True):
         if key not in small:
-            small[key] = tuple(_smaller(one, keep, processor.image_processor) for one in item.pictures())
+            pictures = item.pictures()
+            share = keep
+            if isinstance(keep, int) and getattr(processor, "makes_videos", False):
+                share = max(1, keep // len(pictures))
+            small[key] = tuple(_smaller(one, share, processor.image_processor) for one in pictures)
     return [dataclasses.replace(item, sources=small[key]) for key, item in zip(keys, items, strict=True)]
 
 

@@ -14,10 +14,12 @@ from visiontrim.evaluate.benchmarks import list_benchmarks, open_benchmark
 from visiontrim.evaluate.files import SUFFIXES, FileAnswers, read_items
 from visiontrim.evaluate.frames import Frames
 from visiontrim.evaluate.items import Item, Suite
-from visiontrim.zoo import SPLITS, held_out_canvases
+from visiontrim.zoo import SPLITS, held_out_canvases, held_out_clips
 from visiontrim.zoo.canvas_scores import CANVASES as SIZES
 from visiontrim.zoo.canvas_scores import SCENES as NUM_CANVASES
 from visiontrim.zoo.canvas_scores import parse_grid
+from visiontrim.zoo.clip_scores import CLIP_SIZE
+from visiontrim.zoo.clip_scores import CLIPS as NUM_CLIPS
 from visiontrim.zoo.natural_questions import LONGEST
 from visiontrim.zoo.natural_scenes import NATURAL
 from visiontrim.zoo.suite import Sample
@@ -26,6 +28,8 @@ SHAPES = "shapes"
 """Name of the suite that the bundled LLaVA answers."""
 CANVASES = "canvases"
 """Name of the suite that the bundled Qwen2.5-VL answers."""
+CLIPS = "clips"
+"""Name of the suite of videos, which the bundled Qwen2.5-VL for videos answers."""
 SHAPES_TOKENS = 3
 """Answers of both have at most two words, and an end token; those about natural scenes have more."""
 FREE_TOKENS = 32
@@ -41,15 +45,19 @@ def load_suite(
 ) -> Suite:
     """A suite by its name.
 
-    The bundled ``"shapes"`` in one of its splits or ``"canvases"`` of one size, an official benchmark as ``NAME:ROOT``,
-    or a file or folder of questions. ``scenes`` takes only the questions about the first so many scenes, pictures or,
-    of MMBench, questions with their rotations. ``images`` is the folder of the pictures, ``frames`` how many of a video
-    are shown. Raises :class:`TrimError` for unknown names and for files that hold no questions.
+    The bundled ``"shapes"`` in one of its splits, ``"canvases"`` or ``"clips"`` of one size, an official benchmark as
+    ``NAME:ROOT``, or a file or folder of questions. ``scenes`` takes only the questions about the first so many scenes,
+    pictures or, of MMBench, questions with their rotations. ``images`` is the folder of the pictures, ``frames`` how
+    many of a video are shown. Raises :class:`TrimError` for unknown names and for files that hold no questions.
     """
     if suite == CANVASES:
         split = split or SIZES[0]
         drawn = held_out_canvases(parse_grid(split), scenes or NUM_CANVASES)
         return Suite(f"{CANVASES}/{split}", tuple(map(_drawn, drawn)), SHAPES_TOKENS, unit="canvases")
+    if suite == CLIPS:
+        split = split or CLIP_SIZE
+        drawn = held_out_clips(parse_grid(split), scenes or NUM_CLIPS)
+        return Suite(f"{CLIPS}/{split}", tuple(map(_drawn, drawn)), SHAPES_TOKENS, unit="clips")
     if suite == SHAPES:
         split = split or "standard"
         if split not in SPLITS:
@@ -57,15 +65,15 @@ def load_suite(
         longest = LONGEST if split == NATURAL.name else SHAPES_TOKENS
         return Suite(f"{SHAPES}/{split}", tuple(shapes(split, scenes)), longest, unit="scenes")
     if split is not None:
-        raise TrimError(f"--split is of {SHAPES} and {CANVASES}, not of {suite}: leave it away")
+        raise TrimError(f"--split is of {SHAPES}, {CANVASES} and {CLIPS}, not of {suite}: leave it away")
     if suite.partition(":")[0] in list_benchmarks():
         return _benchmark(suite, scenes, images, frames)
     path = Path(suite)
     if not (path.suffix in SUFFIXES or path.is_dir()):
         names = ", ".join(list_benchmarks())
         raise TrimError(
-            f"there is no suite {suite!r}: choose {SHAPES} or {CANVASES}, a benchmark as NAME:ROOT ({names}), or give "
-            "a file FILE.jsonl of questions"
+            f"there is no suite {suite!r}: choose {SHAPES}, {CANVASES} or {CLIPS}, a benchmark as NAME:ROOT ({names}), "
+            "or give a file FILE.jsonl of questions"
         )
     items = first_groups(read_items(path, images), scenes)
     if not items:

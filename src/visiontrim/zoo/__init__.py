@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from visiontrim.zoo.questions import TYPES, Question, ask, normalise
     from visiontrim.zoo.scenes import HARD, STANDARD, Object, Scene, World, draw_scene
     from visiontrim.zoo.suite import HELD_OUT, PROMPT, SPLITS, Sample, Split, answer, held_out
+    from visiontrim.zoo.watching import CLIP_PROMPT, VIDEO_DIR, ClipProcessor, held_out_clips, load_video
 
 _HOMES = {
     "dynamic": ["QWEN_DIR", "QWEN_PROMPT", "QwenBundle", "held_out_canvases", "load_qwen"],
@@ -21,11 +22,13 @@ _HOMES = {
     "questions": ["TYPES", "Question", "ask", "normalise"],
     "scenes": ["HARD", "STANDARD", "Object", "Scene", "World", "draw_scene"],
     "suite": ["HELD_OUT", "PROMPT", "SPLITS", "Sample", "Split", "answer", "held_out"],
+    "watching": ["CLIP_PROMPT", "VIDEO_DIR", "ClipProcessor", "held_out_clips", "load_video"],
 }
 _HOME = {name: f"visiontrim.zoo.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CLIP_DIR",
+    "CLIP_PROMPT",
     "HARD",
     "HELD_OUT",
     "MODEL_DIR",
@@ -36,7 +39,9 @@ __all__ = [
     "SPLITS",
     "STANDARD",
     "TYPES",
+    "VIDEO_DIR",
     "Bundle",
+    "ClipProcessor",
     "Object",
     "Question",
     "QwenBundle",
@@ -49,8 +54,10 @@ __all__ = [
     "draw_scene",
     "held_out",
     "held_out_canvases",
+    "held_out_clips",
     "load",
     "load_qwen",
+    "load_video",
     "normalise",
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -49,19 +49,19 @@ def draw_canvas(seed: int, grid: Grid, most: int = 9, fewest: int = 4) -> Scene:
     owners = Image.new("L", (width, height), 0)
     canvas, owner_canvas = ImageDraw.Draw(image), ImageDraw.Draw(owners)
     for _ in range(round(rng.randint(3, 12) * area)):
-        _draw_clutter(rng, canvas, width, height)
+        draw_clutter(rng, canvas, width, height)
 
     palette = rng.sample(list(COLORS), rng.randint(3, 6))
     shapes = rng.sample(SHAPES, rng.randint(2, 5))
     objects: list[Object] = []
     for _ in range(rng.randint(fewest, max(fewest, round(most * min(1.0, area) + 0.5 * (area < 1))))):
-        placed = _place_object(rng, objects, palette, shapes, grid)
+        placed = place_object(rng, objects, palette, shapes, grid)
         if placed is None:  # no room left for an object of this size
             continue
         obj, fill = placed
         objects.append(obj)
         _draw_object(obj, fill, canvas, len(objects), owner_canvas)
-    return Scene(_add_noise(rng, image), tuple(objects), _cell_owner(owners, objects, grid))
+    return Scene(add_noise(rng, image), tuple(objects), cell_owner(owners, dict(enumerate(objects, 1)), grid))
 
 
 def in_square(objects: Sequence[Object], grid: Grid) -> list[Object]:
@@ -70,7 +70,7 @@ def in_square(objects: Sequence[Object], grid: Grid) -> list[Object]:
     return [dataclasses.replace(o, x=o.x * SIZE / (cols * CELL), y=o.y * SIZE / (rows * CELL)) for o in objects]
 
 
-def _draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw, width: int, height: int) -> None:
+def draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw, width: int, height: int) -> None:
     """A line or a blob of low saturation, which no question asks about."""
     gray = rng.randint(40, 210)
     fill = _tint(rng, (gray, gray, gray), 15)
@@ -82,7 +82,7 @@ def _draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw, width: int, h
         canvas.ellipse([x, y, x + abs(right) // 2 + 3, y + abs(down) // 2 + 3], fill=fill)
 
 
-def _place_object(
+def place_object(
     rng: random.Random, placed: list[Object], palette: list[str], shapes: list[str], grid: Grid
 ) -> tuple[Object, RGB] | None:
     """A new object away from those already placed, and its colour with a tint; None if 30 tries found no room."""
@@ -109,20 +109,23 @@ def _place_object(
     return obj, _tint(rng, COLORS[color], 18)
 
 
-def _add_noise(rng: random.Random, image: Image.Image) -> Image.Image:
-    """Gaussian noise of standard deviation 4, 6 or 8 and a horizontal ramp of brightness."""
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((image.height, image.width, 3), dtype=np.float32)
+def add_noise(rng: random.Random, image: Image.Image, frame: int = 0) -> Image.Image:
+    """Gaussian noise of standard deviation 4, 6 or 8, another one in each ``frame``, and a horizontal ramp of
+    brightness."""
+    seed = rng.getrandbits(32)
+    noise = np.random.default_rng((seed, frame) if frame else seed)
+    noise = noise.standard_normal((image.height, image.width, 3), dtype=np.float32)
     ramp = np.linspace(-rng.randint(0, 20), rng.randint(0, 20), image.width)[None, :, None]
     pixels = np.asarray(image) + noise * rng.choice([4, 6, 8]) + ramp
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _cell_owner(owners: Image.Image, objects: list[Object], grid: Grid) -> Int[np.ndarray, " cells"]:
-    """The object that covers most of each cell, from the picture of object numbers."""
+def cell_owner(owners: Image.Image, objects: Mapping[int, Object], grid: Grid) -> Int[np.ndarray, " cells"]:
+    """The object that covers most of each cell, from the picture of object numbers, which start at 1."""
     rows, cols = grid
     cells = np.asarray(owners).reshape(rows, CELL, cols, CELL).swapaxes(1, 2).reshape(rows * cols, CELL * CELL)
-    covered = np.stack([(cells == number).sum(1) for number in range(1, len(objects) + 1)], 1)
-    owner = np.where(covered.max(1) >= OWNED_SHARE * CELL**2, covered.argmax(1) + 1, 0)
-    for number, obj in enumerate(objects, 1):
+    covered = np.stack([(cells == number).sum(1) for number in objects], 1)
+    owner = np.where(covered.max(1) >= OWNED_SHARE * CELL**2, np.array([*objects])[covered.argmax(1)], 0)
+    for number, obj in objects.items():
         owner[obj.patch] = number
     return owner

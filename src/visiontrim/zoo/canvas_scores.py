@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from visiontrim.core.errors import TrimError
 from visiontrim.methods.visiontrim import VisionTrim
 from visiontrim.zoo.canvas import Grid, draw_canvas, in_square
 from visiontrim.zoo.dynamic import QWEN_TYPES, held_out_canvases
-from visiontrim.zoo.evaluate import BLIND_SCENES, Progressing, Scores, Tally, compare, controls
-from visiontrim.zoo.questions import TYPES, ask
+from visiontrim.zoo.evaluate import BLIND_SCENES, Progressing, Scores, Tally, compare, controls, most_frequent
+from visiontrim.zoo.questions import TYPES, Question, ask
 from visiontrim.zoo.suite import Sample
 
 CANVASES = ("16x16", "12x16", "12x12", "14x18")
@@ -31,16 +30,14 @@ def parse_grid(text: str) -> Grid:
 
 def blind_canvas_answers(samples: Sequence[Sample], grid: Grid) -> list[str]:
     """The most frequent answer to each question on training canvases of ``grid``; to an unseen one that of its type."""
-    by_text: dict[str, Counter[str]] = {}
-    by_type: dict[str, Counter[str]] = {}
-    for seed in range(BLIND_SCENES):
-        objects = in_square(draw_canvas(seed, grid).objects, grid)
-        rng = random.Random(f"{seed} {grid} blind")
-        for type in QWEN_TYPES:
-            if question := ask(rng, objects, type):
-                by_text.setdefault(question.text, Counter())[question.answer] += 1
-                by_type.setdefault(type, Counter())[question.answer] += 1
-    return [by_text.get(s.question, by_type[s.type]).most_common(1)[0][0] for s in samples]
+
+    def asked() -> Iterator[Question | None]:
+        for seed in range(BLIND_SCENES):
+            objects = in_square(draw_canvas(seed, grid).objects, grid)
+            rng = random.Random(f"{seed} {grid} blind")
+            yield from (ask(rng, objects, type) for type in QWEN_TYPES)
+
+    return most_frequent(asked(), samples)
 
 
 def canvas_report(

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from visiontrim.methods.controls import NoTrim, Random
 from visiontrim.run import trim
 from visiontrim.zoo.natural_questions import MORE_TYPES, NATURAL_TYPES, ask_natural
 from visiontrim.zoo.natural_scenes import NATURAL, natural_objects
-from visiontrim.zoo.questions import TYPES, ask
+from visiontrim.zoo.questions import TYPES, Question, ask
 from visiontrim.zoo.scenes import World, draw_scene
 from visiontrim.zoo.suite import Sample, Split, answer
 from visiontrim.zoo.video import MOTION_TYPES, VIDEO_TYPES, ask_video, draw_video
@@ -68,12 +68,15 @@ class KeepPatches(Step):
 def object_patches(samples: Sequence[Sample], keep: int, seed: int = 0) -> Int[Tensor, "pictures {keep}"]:
     """The patches of objects, filled up with random ones, or random ones of them where they are too many; ascending.
 
-    A row for every picture: the frames of a video, too.
+    A row for every picture, also for the frames of a video that the model sees as pictures, and for every video.
     """
     rng = np.random.default_rng(seed)
-    owners = np.concatenate([sample.patch_owner.reshape(len(sample.images), -1) for sample in samples])
-    scores = (owners > 0) + rng.random(owners.shape)
-    return torch.from_numpy(np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :keep], axis=1))
+    chosen: list[np.ndarray] = []
+    for sample in samples:
+        owners = sample.patch_owner.reshape(1 if sample.video else len(sample.images), -1)
+        scores = (owners > 0) + rng.random(owners.shape)
+        chosen.append(np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :keep], axis=1))
+    return torch.from_numpy(np.concatenate(chosen))
 
 
 def score(
@@ -113,24 +116,32 @@ def blind_answers(samples: Sequence[Sample], world: World, scenes: int = BLIND_S
 
     With more than one of ``frames``, in videos.
     """
+    return most_frequent(_training_questions(world, scenes, frames), samples)
+
+
+def most_frequent(asked: Iterable[Question | None], samples: Sequence[Sample]) -> list[str]:
+    """The answer that each question of ``samples`` has most often in ``asked``; to an unseen one that of its type."""
     by_text: dict[str, Counter[str]] = {}
     by_type: dict[str, Counter[str]] = {}
+    for question in asked:
+        if question is not None:
+            by_text.setdefault(question.text, Counter())[question.answer] += 1
+            by_type.setdefault(question.type, Counter())[question.answer] += 1
+    return [by_text.get(s.question, by_type[s.type]).most_common(1)[0][0] for s in samples]
+
+
+def _training_questions(world: World, scenes: int, frames: int) -> Iterator[Question | None]:
     for seed in range(scenes):
         rng = random.Random(f"{seed} blind")
         if frames > 1:
             video = draw_video(seed, frames)
-            asked = [ask_video(rng, video, type) for type in VIDEO_TYPES]
+            yield from (ask_video(rng, video, type) for type in VIDEO_TYPES)
         elif world is NATURAL:
             objects = natural_objects(seed)
-            asked = [ask_natural(rng, objects, type) for type in NATURAL_TYPES]
+            yield from (ask_natural(rng, objects, type) for type in NATURAL_TYPES)
         else:
             objects = draw_scene(seed, world).objects
-            asked = [ask(rng, objects, type) for type in TYPES]
-        for question in asked:
-            if question is not None:
-                by_text.setdefault(question.text, Counter())[question.answer] += 1
-                by_type.setdefault(question.type, Counter())[question.answer] += 1
-    return [by_text.get(s.question, by_type[s.type]).most_common(1)[0][0] for s in samples]
+            yield from (ask(rng, objects, type) for type in TYPES)
 
 
 Tally = dict[str, tuple[int, int]]

@@ -51,6 +51,8 @@ class Sample:
     """How many questions of this type about the scene came before."""
     max_new_tokens: int = 3
     """Of an answer with the token that ends it: most have at most two words."""
+    video: bool = False
+    """The model sees its pictures as one video, not as pictures one after the other."""
 
     @property
     def images(self) -> tuple[Image.Image, ...]:

@@ -24,6 +24,7 @@ from visiontrim.zoo.natural_questions import MORE_TYPES
 from visiontrim.zoo.questions import TYPES
 from visiontrim.zoo.scenes import HARD, STANDARD, Scene, World, draw_scene
 from visiontrim.zoo.training.packing import Packed
+from visiontrim.zoo.video import MOTION_TYPES
 
 BETAS = (0.9, 0.98)
 
@@ -155,7 +156,9 @@ def summary(results: Iterable[Result]) -> dict[str, Any]:
         for name, value in result.values.items():
             values.setdefault(name, []).append(value)
     means = {name: round(sum(found) / len(found), 5) for name, found in values.items()}
-    accuracy = {type: round(right[type] / total[type], 4) for type in (*TYPES, *MORE_TYPES) if total[type]}
+    accuracy = {
+        type: round(right[type] / total[type], 4) for type in (*TYPES, *MORE_TYPES, *MOTION_TYPES) if total[type]
+    }
     return means | ({"accuracy": accuracy} if accuracy else {})
 
 

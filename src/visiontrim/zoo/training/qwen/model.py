@@ -184,14 +184,15 @@ def _start_ruler(attention: Any, embeddings: Tensor, shape: QwenShape) -> None:
 def positions(cells: Int[Tensor, "scenes tokens"], grid: Grid, packed: Packed) -> Int[Tensor, "3 scenes all"]:
     """Position ids for time, height and width: of the prefix, the vision tokens, <|vision_end|> and packed text.
 
-    Text goes on behind the larger side of the grid, whichever vision tokens are there (``get_rope_index``).
+    ``cells`` of a clip count on from frame to frame. Text goes on behind the larger side of the grid, whichever vision
+    tokens are there (``get_rope_index``).
     """
     scenes = len(cells)
     before = torch.arange(IMAGE_START).expand(scenes, -1)
     after = IMAGE_START + max(grid)
     text = after + AFTER_IMAGE + packed.position - TEXT_START
     behind = torch.cat([torch.full((scenes, AFTER_IMAGE), after), text], dim=1)
-    channels = (torch.zeros_like(cells), cells // grid[1], cells % grid[1])
+    channels = (cells // (grid[0] * grid[1]), cells // grid[1] % grid[0], cells % grid[1])
     return torch.stack([torch.cat([before, IMAGE_START + channel, behind], dim=1) for channel in channels])
 
 

@@ -38,7 +38,17 @@ CHAT_TEMPLATE = """\
 """
 
 
-def new_processor() -> PaddleOCRVLProcessor:
+VIDEO_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{- '<|vision_start|><image><|vision_end|> ' -}}",
+    """\
+{%- if loop.first -%}{{- '<|vision_start|>' -}}{%- endif -%}
+{{- '<image>' -}}
+{%- if loop.last or loop.nextitem.type != 'image' -%}{{- '<|vision_end|> ' -}}{%- endif -%}""",
+)
+"""Pictures are the frames of one video."""
+
+
+def new_processor(template: str = CHAT_TEMPLATE) -> PaddleOCRVLProcessor:
     """An image processor, a word-level tokenizer and a stock processor for both.
 
     The processor is the one of PaddleOCR-VL: it does with images what the one of Qwen2.5-VL does, but can be had
@@ -72,7 +82,14 @@ def new_processor() -> PaddleOCRVLProcessor:
         image_std=[STD] * 3,
         size={"shortest_edge": SMALLEST * CELL**2, "longest_edge": LARGEST * CELL**2},
     )
-    return PaddleOCRVLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
+    return PaddleOCRVLProcessor(images, tokenizer, chat_template=template)
+
+
+def video_model(model: Any) -> Any:
+    """The model with a time step of one position a frame, and room for clips."""
+    model.config.vision_config.tokens_per_second = 1
+    model.config.text_config.max_position_embeddings = 4096
+    return model.eval()
 
 
 def assemble(shape: QwenShape, vision: Path, joint: Path) -> Any:
@@ -87,9 +104,9 @@ def assemble(shape: QwenShape, vision: Path, joint: Path) -> Any:
     return model.eval()
 
 
-def ship(model: Any, directory: Path) -> None:
+def ship(model: Any, directory: Path, template: str = CHAT_TEMPLATE) -> None:
     """Write ``config.json``, ``model.safetensors`` and the files of the processor into ``directory``."""
     model.generation_config.eos_token_id = TOKEN_ID["</s>"]
     model.generation_config.pad_token_id = TOKEN_ID["<pad>"]
     model.to(torch.float16).save_pretrained(directory)
-    new_processor().save_pretrained(directory)
+    new_processor(template).save_pretrained(directory)

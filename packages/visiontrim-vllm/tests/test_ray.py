@@ -8,13 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-import visiontrim as vt
-from conftest import LLAVA
-from visiontrim import zoo
+from conftest import LLAVA, offline
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "ray_llm.py"
+VISION = "visiontrim:stages=vision"
+"""Of VisionTrim's two stages vLLM has the first one."""
 
 
 def test_the_example(tmp_path):
@@ -37,16 +35,6 @@ def test_the_example(tmp_path):
     assert "keep=0 keeps nothing" in bad["__inference_error__"]
     assert not [row for row in said.values() if row["__inference_error__"]]
     pairs = [(row, sample) for row, sample in zip(rows, samples, strict=True) if row["image"] != "7.png"]
-    expected = {row["image"]: offline(sample, row.get("keep", 64)) for row, sample in pairs}
+    expected = {row["image"]: offline(sample, VISION, row.get("keep", 64)) for row, sample in pairs}
     assert {name: row["answer"] for name, row in said.items()} == expected
     assert said["11.png"]["prompt_tokens"] == said["0.png"]["prompt_tokens"] - 32
-
-
-def offline(sample, keep):
-    """What visiontrim on transformers answers; of VisionTrim's two stages vLLM has the first one."""
-    model, processor, tower = zoo.load()
-    inputs = processor(images=sample.image, text=sample.prompt, return_tensors="pt")
-    method = "visiontrim:stages=vision"
-    with torch.inference_mode(), vt.trim(model, method, keep=keep, question=sample.question, text_tower=tower):
-        out = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -5,9 +5,10 @@ size of the bundled model's, stands behind three ``vllm serve`` on this machine,
 and made for a picture so small that it is 64 tokens. Rounds take turns in random order; every request has another
 picture. Writes requests per second, seconds to the first token, processor seconds of the server, the share of the cache
 in use and preemptions, for 1, 8 and 32 requests at a time: medians with their range. Then asks 32 at a time once more,
-and compares every token with what visiontrim on transformers answers.
+and compares every token with what transformers answers one by one, with visiontrim where the plug-in is.
 
-``python benchmarks/serving.py --draw OUT.json PICTURE.png`` draws it, and needs no vLLM.
+``python benchmarks/serving.py --answers OUT.json`` compares alone, and writes that into what is there;
+``--draw OUT.json PICTURE.png`` draws it, and needs no vLLM.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -193,7 +195,8 @@ async def tokens_of(port: int) -> list[list[int]]:
     async with httpx.AsyncClient(timeout=1800) as client:
 
         async def one(seed: int) -> list[int]:
-            request = body(seed) | {"return_token_ids": True}
+            # LLaVA's chat template has no <s>, which transformers puts before it and vLLM leaves away in chats
+            request = body(seed) | {"return_token_ids": True, "add_special_tokens": True}
             said = await client.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=request)
             return said.raise_for_status().json()["choices"][0]["token_ids"]
 
@@ -201,8 +204,11 @@ async def tokens_of(port: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def offline(folder: Path, options: dict[str, Any] | None) -> list[list[int]]:
-    """The same by visiontrim on transformers, one by one; without ``options`` by the model as it is."""
+def offline(folder: Path, options: dict[str, Any] | None) -> list[tuple[list[int], list[float]]]:
+    """The same by visiontrim on transformers, one by one; without ``options`` by the model as it is.
+
+    With how far the logit of each token is above the next one.
+    """
     torch.set_num_threads(1)
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor: Any = LlavaProcessor.from_pretrained(folder)
@@ -215,9 +221,22 @@ def offline(folder: Path, options: dict[str, Any] | None) -> list[list[int]]:
     with run:
         for seed in SEEDS:
             inputs = processor(images=zoo.draw_scene(seed).image, text=text, return_tensors="pt")
-            out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-            said.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+            more = {"do_sample": False, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+            out = model.generate(**inputs, max_new_tokens=NEW, **more)
+            first, second = torch.cat(out.logits).topk(2).values.T
+            said.append((out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), (first - second).tolist()))
     return said
+
+
+def compared(tokens: list[list[int]], expected: list[tuple[list[int], list[float]]]) -> dict[str, Any]:
+    """How many answers are equal, how close a decision was among all, and how close the first one that differs."""
+    parted = [
+        next(margin for own, token, margin in zip(ours, theirs, margins, strict=True) if own != token)
+        for ours, (theirs, margins) in zip(tokens, expected, strict=True)
+        if ours != theirs
+    ]
+    least = min(min(margins) for _, margins in expected)
+    return {"equal": len(tokens) - len(parted), "of": len(tokens), "margins_where_not": parted, "least_margin": least}
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -272,11 +291,9 @@ def draw(told: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    if sys.argv[1] == "--draw":
-        draw(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
-        return
-    out, turns = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
+@contextlib.contextmanager
+def servers() -> Iterator[tuple[dict[str, subprocess.Popen], dict[int, Path], int]]:
+    """All servers, each answering, the models by the side of their pictures, and the parameters of one."""
     with tempfile.TemporaryDirectory() as folder:
         models = {side: Path(folder) / f"model{side}" for _, _, side in SERVERS.values()}
         parameters = [make_model(path, side) for side, path in models.items()]
@@ -287,21 +304,43 @@ def main() -> None:
             for name, (port, *_) in SERVERS.items():
                 wait(running[name], port, Path(folder) / f"{port}.log")
             print("all servers answer", flush=True)
-            found = asyncio.run(rounds(running, turns))
-            tokens = {name: asyncio.run(tokens_of(port)) for name, (port, *_) in SERVERS.items()}
+            yield running, models, parameters[0]
         finally:
             for process in running.values():
                 process.terminate()
                 process.wait(120)
+
+
+def answers(models: dict[int, Path]) -> dict[str, Any]:
+    """What the running servers answer, against transformers."""
+    tokens = {name: asyncio.run(tokens_of(port)) for name, (port, *_) in SERVERS.items()}
+    found = {}
+    for name, (_, options, side) in SERVERS.items():
+        found[name] = compared(tokens[name], offline(models[side], options))
+        print(name, found[name], flush=True)
+    return {"visiontrim": version("visiontrim"), "vllm": version("vllm"), "at_once": len(SEEDS), **found}
+
+
+def main() -> None:
+    if sys.argv[1] == "--draw":
+        draw(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
+        return
+    if sys.argv[1] == "--answers":
+        out = Path(sys.argv[2])
+        told = json.loads(out.read_text())
+        with servers() as (_, models, _):
+            told["answers_equal_to_transformers"] = answers(models)
+        out.write_text(json.dumps(told, indent=1) + "\n")
+        return
+    out, turns = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    with servers() as (running, models, parameters):
+        found = asyncio.run(rounds(running, turns))
         print("rounds are over", flush=True)
-        equal = {}
-        for name, (_, options, side) in SERVERS.items():
-            pairs = zip(tokens[name], offline(models[side], options), strict=True)
-            equal[name] = f"{sum(ours == theirs for ours, theirs in pairs)} of {len(SEEDS)}"
+        equal = answers(models)
     rows = summary(found)
     versions = {name: version(name) for name in ("vllm", "torch", "transformers", "visiontrim")}
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    said = {"parameters": parameters[0], "new_tokens": NEW, "versions": versions, "machine": machine}
+    said = {"parameters": parameters, "new_tokens": NEW, "versions": versions, "machine": machine}
     said |= {"answers_equal_to_transformers": equal, "times_plain": times_plain(rows)}
     out.write_text(json.dumps(said | {"median_least_most": rows, "rounds": found}, indent=1) + "\n")
     print(said["times_plain"], equal)

@@ -309,6 +309,17 @@ def test_text_tower_from_a_directory(model, inputs, tmp_path):
     torch.testing.assert_close(direct, loaded)
 
 
+def test_text_tower_of_half_precision_reads_in_full(model, inputs, tmp_path):
+    made = tower()
+    made.tokenizer.save_pretrained(tmp_path)
+    made.model.half().save_pretrained(tmp_path)
+    made.model.float()
+    method = vt.VisionTrim(keep=8, split=0.5, stages="vision")
+    direct, _ = answer(model, inputs, method, question="what is red", text_tower=made)
+    loaded, _ = answer(model, inputs, method, question="what is red", text_tower=str(tmp_path))
+    assert torch.equal(direct, loaded)
+
+
 # ------------------------------------------------------------------------------------------------ what a run says
 
 

@@ -10,8 +10,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import venv
+from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent.parent
@@ -50,10 +53,20 @@ def mend(site: Path) -> None:
 def test(python: Path) -> int:
     """Run the tests, file by file: an engine that has ended may leave little room for the next one in a process."""
     shown = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
-    print(dict(re.findall(r"^(vllm|transformers|torch|visiontrim) +(\S+)", shown, re.MULTILINE)), flush=True)
-    pytest = [python, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"]
-    done = [subprocess.run([*pytest, file]).returncode for file in sorted((PACKAGE / "tests").glob("test_*.py"))]
-    return max(done)
+    versions = dict(re.findall(r"^(vllm|transformers|torch|ray|openai|visiontrim) +(\S+)", shown, re.MULTILINE))
+    print(versions, flush=True)
+    pytest = [python, "-m", "pytest", "-q", "--disable-warnings", "-c", os.devnull, "-p", "no:cacheprovider"]
+    counts, ended = Counter[str](), []
+    with tempfile.TemporaryDirectory() as folder:
+        for file in sorted((PACKAGE / "tests").glob("test_*.py")):
+            print(file.name, flush=True)
+            report = Path(folder) / f"{file.stem}.xml"
+            ended.append(subprocess.run([*pytest, f"--junitxml={report}", file]).returncode)
+            if report.exists():
+                (suite,) = ElementTree.parse(report).getroot()
+                counts.update({key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")})
+    print(versions, dict(counts), f"{sum(map(bool, ended))} of {len(ended)} files failed", flush=True)
+    return int(any(ended))  # a process that was killed ends with a number below 0
 
 
 if __name__ == "__main__":

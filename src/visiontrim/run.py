@@ -67,8 +67,9 @@ def trim(
             others. None leaves sound whole, and it counts as text.
         question: the question, for methods that are guided by text: one for all rows of a batch, or one for each.
             Without it such methods do without guidance. May be changed between calls as ``run.question``.
-        text_tower: the CLIP model that the vision encoder was taken from: a hub name, a directory, or a
-            :class:`TextTower`. Without it, the language model's own embeddings of the question guide.
+        text_tower: the CLIP model that the vision encoder was taken from: a hub name or a directory, whose
+            checkpoint is read in float32 and stays on the CPU, or a :class:`TextTower`. Without it, the language
+            model's own embeddings of the question guide.
         processor: the model's processor. Its tokenizer reads the question when there is no text tower,
             ``run.picture`` learns from it which part of an image the model sees, and methods that compare colours how
             it normalised them.

@@ -78,6 +78,15 @@ class Server:
         return said
 
 
+def offline(sample, method, keep, new=16):
+    """The text that visiontrim answers on transformers, with the bundled LLaVA."""
+    model, processor, tower = zoo.load()
+    inputs = processor(images=sample.image, text=sample.prompt, return_tensors="pt")
+    with torch.inference_mode(), vt.trim(model, method, keep=keep, question=sample.question, text_tower=tower):
+        out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
 @pytest.fixture(scope="module")
 def llava():
     """With 40 tokens a step, so that every image is cut in two or more, and little room for the cache."""

@@ -206,9 +206,10 @@ def guidance_of(
                 f"a {type(text_tower).__name__} is no text tower: pass the name or directory of a CLIP checkpoint, or "
                 "TextTower(model, tokenizer)"
             )
-        tower = text_tower if isinstance(text_tower, TextTower) else TextTower.from_pretrained(text_tower)
-        tower.check_fits(family)
-        return tower
+        if not isinstance(text_tower, TextTower):  # it stays on the CPU, where half precision is slow, and rounds
+            text_tower = TextTower.from_pretrained(text_tower, dtype=torch.float32)
+        text_tower.check_fits(family)
+        return text_tower
     return words_of(family, processor)
 
 

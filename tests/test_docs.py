@@ -108,12 +108,12 @@ def test_links_lead_somewhere():
 
 def test_the_commands_of_the_docs_have_the_options_that_they_show():
     """Every ``visiontrim ...`` of an indented block or a shell block: its command, and each of its options, exist."""
-    found = []
+    found, program = [], typer.main.get_command(app)
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = re.sub(r"\\\n\s*", "", path.read_text())
         for line in re.findall(r"^(?:    |\$ )?visiontrim (.+)$", text, re.MULTILINE):
             words = shlex.split(line.partition("  #")[0], comments=True)
-            command, names = typer.main.get_command(app), []
+            command, names = program, []
             while isinstance(command, typer.core.TyperGroup) and words and not words[0].startswith("-"):
                 names.append(words.pop(0))
                 assert names[-1] in command.commands, f"{path.name}: {line}"

@@ -64,8 +64,8 @@ ON_BOTH = {
     for case, parts in CASES.items()
     for attention in ATTENTIONS[: 1 if parts[0] in LEAN else 2]
 }
-every_plan_on_both_attentions = pytest.mark.parametrize(
-    ("name", "kind", "plan", "attention"), ON_BOTH.values(), ids=ON_BOTH
+every_plan_on_both_attentions = pytest.mark.parametrize(  # tests of one case in a row, for :func:`trimmed`
+    ("name", "kind", "plan", "attention"), ON_BOTH.values(), ids=ON_BOTH, scope="module"
 )
 KINDS_ON_BOTH = [(*pair, attention) for pair in KINDS for attention in ATTENTIONS[: 1 if pair[0] in LEAN else 2]]
 every_batch = pytest.mark.parametrize("rows", [(0,), ()], ids=["single", "batch of 3"])
@@ -86,17 +86,32 @@ def prompts(name: str, kind: str) -> Prompts:
     return Prompts(name, (3, kind, 5), two, (6,))
 
 
+@functools.lru_cache(maxsize=4)
+def trimmed(name, kind, plan, attention):
+    """By rows, of which () is all, what one run generates for them after each other, and the traces."""
+    model, found = model_of(name, attention), {}
+    with vt.trim(model, plan) as run:
+        for rows in ((), (0,), (1,), (2,)):
+            found[rows] = generate(model, prompts(name, kind).batch(*rows)), run.trace
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def first_logits(name, kind, attention, rows):
+    """Of the plain model [rows, vocabulary]."""
+    return generate(model_of(name, attention), prompts(name, kind).batch(*rows), max_new_tokens=1).logits[0]
+
+
 @every_plan_on_both_attentions
 @every_batch
 def test_removal_equals_masking_and_the_cache_is_as_reported(name, kind, plan, attention, rows):
     """Hybrids: it equals the model that is fed only what is left."""
     model, inputs = model_of(name, attention), prompts(name, kind).batch(*rows)
-    with vt.trim(model, plan) as run:
-        ours = generate(model, inputs)
-    assert held_in(cache_of(ours)) == [width + 5 for width in expected_widths(model, inputs, run.trace)]
-    check_against_the_oracle(model, prompts(name, kind), rows or (0, 1, 2), ours, run.trace)
-    plain = generate(model, inputs, max_new_tokens=1)
-    assert (plain.logits[0][:2] - ours.logits[0][:2]).abs().max() > 0.01  # something was removed
+    ours, trace = trimmed(name, kind, plan, attention)[rows]
+    assert held_in(cache_of(ours)) == [width + 5 for width in expected_widths(model, inputs, trace)]
+    check_against_the_oracle(model, prompts(name, kind), rows or (0, 1, 2), ours, trace)
+    plain = first_logits(name, kind, attention, rows)
+    assert (plain[:2] - ours.logits[0][:2]).abs().max() > 0.01  # something was removed
 
 
 def check_against_the_oracle(model, prompts: Prompts, rows: Sequence[int], ours, trace) -> None:
@@ -151,13 +166,12 @@ def test_keeping_everything_is_bit_identical(name, kind, attention, rows):
 
 @every_plan_on_both_attentions
 def test_a_batch_equals_its_rows(name, kind, plan, attention):
-    model, rows = model_of(name, attention), prompts(name, kind)
-    with vt.trim(model, plan):
-        together = generate(model, rows.batch())
-        for row in range(3):
-            alone = generate(model, rows.batch(row))
-            for a, b in zip(together.logits, alone.logits, strict=True):
-                close(a[row], b[0], 2e-5)
+    found = trimmed(name, kind, plan, attention)
+    together, _ = found[()]
+    for row in range(3):
+        alone, _ = found[row,]
+        for a, b in zip(together.logits, alone.logits, strict=True):
+            close(a[row], b[0], 2e-5)
 
 
 @every_family_and_plan

@@ -1,9 +1,11 @@
-"""Settings of all tests: shapes and dtypes in signatures are checked, and torch leaves cores to other work."""
+"""Settings of all tests: shapes and dtypes in signatures are checked, and cores are left to other work."""
 
+import functools
 import sys
 
 import pytest
 import torch
+import typer.main
 from jaxtyping import install_import_hook
 
 import shapes
@@ -15,6 +17,7 @@ from visiontrim.core.view import View  # noqa: E402  # after the hook, which che
 
 shapes.check_every(View)
 torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
+typer.main.get_command = functools.cache(typer.main.get_command)  # which reads the options of all commands every time
 
 
 @pytest.fixture

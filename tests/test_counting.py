@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -69,6 +70,34 @@ def test_a_prefill_waits_once(name, rows):
     stages = {"visiontrim": 1, "fastv": 1, "pyramiddrop": 3}.get(name, 0) if rows == "batch" else 0
     assert beside_plain(name, rows, "waits")[0] <= own + 2 * stages
     assert beside_plain(name, rows, "copies")[0] <= 2  # rows of images, and where each begins
+
+
+PYTHON = {"none": 190, "random": 105, "lean": 105, "visiontrim": 155, "fastv": 175, "pyramiddrop": 395}
+"""Calls of Python functions that a step of decoding may have more than the plain model's."""
+
+
+@functools.cache
+def calls_of_a_step(name: str | None) -> float:
+    model, inputs, made = llava(), prompts(*ROWS["single"]), []
+
+    def count(frame, event, function):
+        made[-1] += event in ("call", "c_call")
+
+    with nullcontext() if name is None else vt.trim(model, METHODS[name]):
+        for tokens in (3, 5, 9):
+            made.append(0)
+            sys.setprofile(count)
+            try:
+                model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens)
+            finally:
+                sys.setprofile(None)
+    return (made[2] - made[1]) / 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_decoding_runs_little_python(name):
+    """Six looks at whether it needs the run, and a hook before every layer from the first stage on."""
+    assert calls_of_a_step(name) - calls_of_a_step(None) <= PYTHON[name]
 
 
 def test_counting_counts():

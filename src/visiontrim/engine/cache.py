@@ -30,6 +30,7 @@ from visiontrim.engine.upstream import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
     StaticLayer,
+    attention_of,
     given_cache,
     holds_tokens,
 )
@@ -79,6 +80,8 @@ class Trimmed(_Base):
         """What to subtract from logical position ids (``positions="compact"``)."""
         self.plain = False
         """All layers lack the same, without a shift, and no padding is hidden that generate() does not hide itself."""
+        self.still: str | None = None
+        """The attention implementation with which a step of decoding needed no help, whatever the layers lack."""
         self.glanced: Glanced | None = None
         """What steps of decoding have to know of each other (:mod:`.decoding`); None: they need nothing."""
 
@@ -177,18 +180,23 @@ class Trimmed(_Base):
         self.glanced = None if self.glanced is None else self.glanced.rows(function)
 
 
-def plain_step(args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
+def plain_step(args: Sequence[Any], arguments: Mapping[str, Any], config: Any) -> bool:
     """Whether a forward with these arguments is one token on a cache that lacks the same in all layers.
 
     Such a step needs no help: what the cache says of its length and of the sizes of masks is enough. Padding that is
-    left is nothing that it says; only a static cache may have some, and generate() a mask of it (:func:`seen`).
+    left is nothing that it says; only a static cache may have some, and generate() a mask of it (:func:`seen`). Where
+    layers lack different tokens, a step before must have shown that with the attention of ``config`` no layer gets a
+    mask; what is compiled may get one all the same.
     """
     cache = given_cache(arguments)
-    if cache is None or arguments.get("labels") is not None:
+    if cache is None or not cache.layers or arguments.get("labels") is not None:
         return False
-    layer: Any = cache.layers[0] if cache.layers else None
+    layer: Any = cache.layers[0]
     if not isinstance(layer, Trimmed) or not layer.plain:
-        return False
+        layer = cache.layers[-1]
+        still = layer.still if isinstance(layer, Trimmed) else None
+        if still is None or still != attention_of(config) or torch.compiler.is_compiling():
+            return False
     mask = arguments.get("attention_mask")
     if isinstance(layer, StaticLayer):  # generate() has made its mask by what the layers say of themselves
         if layer.key_mask is not None and (mask is None or getattr(mask, "ndim", 4) == 2):

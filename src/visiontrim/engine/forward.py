@@ -184,6 +184,8 @@ class Forward:
     """Whether it is a step of decoding that sees a part of the cache."""
     passed: Attended | None = None
     """What the layer before that step's choice got."""
+    helped: bool = False
+    """Whether a decoder layer got something else than the model would have given it."""
 
     @property
     def past_mask(self) -> Tensor | None:

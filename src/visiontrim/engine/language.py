@@ -36,7 +36,7 @@ from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.masks import narrowed_mask, static_padding
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
-from visiontrim.engine.removals import expected_lengths, mark_plain, note_removals
+from visiontrim.engine.removals import expected_lengths, mark_plain, mark_still, note_removals
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.rows import claim_row_ends
 from visiontrim.engine.segments import Segments
@@ -48,6 +48,7 @@ from visiontrim.engine.upstream import (
     STATIC_MASKS,
     Cache,
     Upstream,
+    attention_of,
     given_cache,
     holds_tokens,
     recomputes,
@@ -81,13 +82,17 @@ class LanguageStage:
             self._narrow_from = 0 if narrow == "all" else min(steps)
         """The decoder layer from which on only what the last stage left stays cached."""
         alone = not steps and decoding is None and not family.bidirectional
-        self.quiet = alone and positions in ("keep", "compact")
-        """Whether a plain step of decoding (:func:`visiontrim.engine.cache.plain_step`) needs nothing of the run."""
+        self._quiet = positions == "keep" and decoding is None and not family.bidirectional
+        """Whether there are steps of decoding that need nothing of the run."""
         self._even = alone and positions == "keep"
         """Whether all layers are left the same tokens, at their own positions."""
         self._context = context
         self._hearing = Hearing(family, upstream, steps, decoding, context)
         self._decoding = DecodingStage(family, decoding, steps, context) if decoding is not None else None
+
+    def passes(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a forward of the model or of a part of it is a step of decoding that needs nothing of the run."""
+        return self._quiet and plain_step(args, kwargs, self._model.config)
 
     def attach(self) -> list:
         """Install the hooks and return what removes them again."""
@@ -143,7 +148,7 @@ class LanguageStage:
             raise TrimError("attention_mask is not 2-D [batch, tokens]: removed tokens need the plain padding mask")
 
     def _enter(self, module, args, kwargs):
-        if self.quiet and plain_step(args, kwargs):
+        if self.passes(args, kwargs):
             return None
         call, cache = self._context.call, given_cache(kwargs)
         if kwargs.get("inputs_embeds") is None:  # the text model, called by itself
@@ -171,8 +176,10 @@ class LanguageStage:
         elif first is not None:
             if not self._family.bidirectional:  # there it was done before the masks were made
                 kwargs["attention_mask"] = first.logical_mask(forward.mask, forward.past + forward.length)
+                forward.helped = kwargs["attention_mask"] is not None
             if first.shift is not None:
                 kwargs["position_ids"] = forward.positions - first.shift[:, None]
+                forward.helped = True
         return args, kwargs
 
     def _check_once(self, cache: Cache | None) -> None:
@@ -346,11 +353,13 @@ class LanguageStage:
         return hidden
 
     def _leave(self, module, args, kwargs, output):
-        if self.quiet and plain_step(args, kwargs):
+        if self.passes(args, kwargs):
             return None
         prefill: Forward | None = self._context.forward
         self._context.forward = None
         if not isinstance(prefill, Prefill):
+            if prefill is not None and output is not None and prefill.length == 1 and not prefill.helped:
+                self._note_still(prefill)
             return None
         if output is None:  # the forward raised
             if prefill.cache is not None and prefill.reserved:
@@ -378,6 +387,14 @@ class LanguageStage:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
+
+    def _note_still(self, step: Forward) -> None:
+        """Remember that ``step`` needed no help, so that the ones like it that follow get none.
+
+        Layers of windows and recurrent ones may want a mask later on.
+        """
+        if self._quiet and step.mask is None and set(self._upstream.kinds) == {"full_attention"}:
+            mark_still(step.cache, attention_of(self._model.config))
 
 
 def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visiontrim.engine.cache import chunk_mask, make_trimmed, static, trimmed_layer
+from visiontrim.engine.cache import Trimmed, chunk_mask, make_trimmed, static, trimmed_layer
 from visiontrim.engine.forward import Alive, Prefill, Removal
 from visiontrim.engine.upstream import Cache, holds_tokens
 
@@ -62,3 +62,11 @@ def mark_plain(cache: Cache | None, layers: int, even: bool) -> None:
         if (layer := trimmed_layer(cache, index)) is not None:
             hides = layer.key_mask is not None and not static(cache)
             layer.plain = even and not hides and layer.shift is None
+            layer.still = None
+
+
+def mark_still(cache: Cache | None, attention: str) -> None:
+    """Tell ``cache`` that a step of decoding with the implementation ``attention`` needed no help."""
+    for layer in () if cache is None or static(cache) else cache.layers:
+        if isinstance(layer, Trimmed):
+            layer.still = attention

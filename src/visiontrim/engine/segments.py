@@ -113,6 +113,7 @@ class Segments:
             changed |= {name: gather(given[name], segment.places) for name in along}
         if (rotary := self._rotary(forward, segment, layer, hidden, given)) is not None:
             changed["position_embeddings"] = rotary
+        forward.helped |= len(changed) > 1 or changed["attention_mask"] is not given.get("attention_mask")
         return changed
 
     def _rotary(

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from visiontrim.core.errors import TrimError
 from visiontrim.core.method import Decoding, Method, Plan, Positions
 from visiontrim.core.trace import Trace
-from visiontrim.engine.cache import plain_step
 from visiontrim.engine.call import Call, Chunks
 from visiontrim.engine.checkpointing import InsideHooks
 from visiontrim.engine.chunks import check_chunks
@@ -89,7 +88,7 @@ class Session:
             _check_unmerged(upstream)
         memory = Memory(remember, once_each=not pictured.encoder) if remember else None
         language = LanguageStage(family, steps, decoding, positions, _narrows_cache(method), upstream, context)
-        self._quiet = language.quiet
+        self._passes = language.passes
         self._stages = (
             EncoderStage(family, pictured.encoder, per, pictured.apart, deviation, context),
             VisionStage(family, sites, per, memory, questions, context),
@@ -151,7 +150,7 @@ class Session:
             self.context.end()
 
     def _begin_forward(self, module, args, kwargs):
-        if self._quiet and plain_step(args, kwargs):
+        if self._passes(args, kwargs):
             return None
         self._inside.refresh()
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -193,7 +192,7 @@ class Session:
         return "audio" in self._family.kinds and given_sound(arguments)
 
     def _end_forward(self, module, args, kwargs, output) -> None:
-        if self._quiet and plain_step(args, kwargs):
+        if self._passes(args, kwargs):
             return
         if (call := self.context.call) is None:
             return

@@ -84,7 +84,10 @@ def cache_name(function: Callable) -> str | None:
 
 def given_cache(arguments: Mapping[str, Any]) -> Cache | None:
     """The cache among keyword arguments or in an output, under the name of any release."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    for name in CACHE_NAMES:  # asked several times in every step of decoding
+        if (cache := arguments.get(name)) is not None:
+            return cache
+    return None
 
 
 def given_features(arguments: Mapping[str, Any]) -> bool:
@@ -207,6 +210,11 @@ def _mask_cache_name(make: Callable) -> str:
 def implementation(module: Any) -> str:
     """The attention implementation of a module, or of a model, with a configuration."""
     return module.config._attn_implementation or "eager"
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation that ``config`` names, without the detours of its attributes."""
+    return object.__getattribute__(config, "_attn_implementation_internal")
 
 
 def with_implementation(config: Any, name: str) -> Any:

@@ -66,7 +66,8 @@ def of_rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # a clean process, which imports everything once
+    context.set_forkserver_preload([__name__])
     processes = [context.Process(target=of_rank, args=(rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()

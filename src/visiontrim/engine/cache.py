@@ -192,13 +192,10 @@ def plain_step(args: Sequence[Any], arguments: Mapping[str, Any], config: Any) -
     if cache is None or not cache.layers or arguments.get("labels") is not None:
         return False
     layer: Any = cache.layers[0]
-    if not isinstance(layer, Trimmed) or not layer.plain:
-        layer = cache.layers[-1]
-        still = layer.still if isinstance(layer, Trimmed) else None
-        if still is None or still != attention_of(config) or torch.compiler.is_compiling():
-            return False
+    if not (isinstance(layer, Trimmed) and layer.plain) and not _is_still(cache.layers[-1], config):
+        return False
     mask = arguments.get("attention_mask")
-    if isinstance(layer, StaticLayer):  # generate() has made its mask by what the layers say of themselves
+    if isinstance(layer, TrimmedStaticLayer):  # generate() has made its mask by what the layers say of themselves
         if layer.key_mask is not None and (mask is None or getattr(mask, "ndim", 4) == 2):
             return False
     elif mask is not None:
@@ -207,6 +204,13 @@ def plain_step(args: Sequence[Any], arguments: Mapping[str, Any], config: Any) -
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     tokens = args[0] if tokens is None and args else tokens
     return tokens is not None and tokens.shape[1] == 1
+
+
+def _is_still(layer: object, config: Any) -> bool:
+    """Whether a step with the attention of ``config`` needed no help, of which ``layer`` was told."""
+    if not isinstance(layer, Trimmed) or layer.still is None:
+        return False
+    return layer.still == attention_of(config) and not torch.compiler.is_compiling()
 
 
 def seen(mask: Tensor | None, layer: Trimmed | None) -> Tensor | None:

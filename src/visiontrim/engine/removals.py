@@ -65,7 +65,7 @@ def mark_plain(cache: Cache | None, layers: int, even: bool) -> None:
             layer.still = None
 
 
-def mark_still(cache: Cache | None, attention: str) -> None:
+def mark_still(cache: Cache | None, attention: str | None) -> None:
     """Tell ``cache`` that a step of decoding with the implementation ``attention`` needed no help."""
     for layer in () if cache is None or static(cache) else cache.layers:
         if isinstance(layer, Trimmed):

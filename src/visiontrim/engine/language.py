@@ -358,8 +358,8 @@ class LanguageStage:
         prefill: Forward | None = self._context.forward
         self._context.forward = None
         if not isinstance(prefill, Prefill):
-            if prefill is not None and output is not None and prefill.length == 1 and not prefill.helped:
-                self._note_still(prefill)
+            if self._quiet and prefill is not None and output is not None:
+                mark_still(prefill, self._upstream.kinds, attention_of(self._model.config))
             return None
         if output is None:  # the forward raised
             if prefill.cache is not None and prefill.reserved:
@@ -387,14 +387,6 @@ class LanguageStage:
             left = torch.zeros_like(labels).scatter_add_(1, alive.origin, alive.valid.long())
             labels.masked_fill_(left == 0, -100)
         return output
-
-    def _note_still(self, step: Forward) -> None:
-        """Remember that ``step`` needed no help, so that the ones like it that follow get none.
-
-        Layers of windows and recurrent ones may want a mask later on.
-        """
-        if self._quiet and step.mask is None and set(self._upstream.kinds) == {"full_attention"}:
-            mark_still(step.cache, attention_of(self._model.config))
 
 
 def _whole(prefill: Prefill, hidden: Tensor, passed: int) -> Tensor:

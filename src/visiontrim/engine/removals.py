@@ -5,11 +5,13 @@ It knows caches and which tokens were left from which layer on; it knows nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from visiontrim.engine.cache import Trimmed, chunk_mask, make_trimmed, static, trimmed_layer
-from visiontrim.engine.forward import Alive, Prefill, Removal
+from visiontrim.engine.forward import Alive, Forward, Prefill, Removal
 from visiontrim.engine.upstream import Cache, holds_tokens
 
 
@@ -65,8 +67,15 @@ def mark_plain(cache: Cache | None, layers: int, even: bool) -> None:
             layer.still = None
 
 
-def mark_still(cache: Cache | None, attention: str | None) -> None:
-    """Tell ``cache`` that a step of decoding with the implementation ``attention`` needed no help."""
+def mark_still(step: Forward, kinds: Sequence[str], attention: str | None) -> None:
+    """Tell the cache of ``step`` where that was a step of decoding which needed no help, so that the next gets none.
+
+    ``kinds`` are those of the decoder layers, of which windows and recurrent ones may want a mask later on;
+    ``attention`` is the implementation.
+    """
+    cache = step.cache
+    if step.helped or step.length != 1 or step.mask is not None or set(kinds) != {"full_attention"}:
+        return
     for layer in () if cache is None or static(cache) else cache.layers:
         if isinstance(layer, Trimmed):
             layer.still = attention

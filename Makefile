@@ -44,7 +44,7 @@ demo: $(VENV)/.runs
 test: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright & types=$$!; $(BIN)/pytest -n auto; tests=$$?; wait $$types && exit $$tests  # pyright needs one core for a minute
+	$(BIN)/pyright & types=$$!; $(BIN)/pytest -n auto --dist worksteal; tests=$$?; wait $$types && exit $$tests  # pyright needs one core for a minute
 
 table: table-natural table-clips table-standard table-hard table-canvases
 	$(BIN)/visiontrim zoo validity --out docs/results/table

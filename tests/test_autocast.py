@@ -12,6 +12,7 @@ import torch
 import visiontrim as vt
 from families import Prompts, build
 from test_matrix import REFUSED, small
+from visiontrim.core import autocast
 from visiontrim.engine import encoder, select, vision
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -53,3 +54,10 @@ def test_a_choice_is_that_of_full_precision(name, family):
         assert view.features.dtype == torch.float32
         again = step.select(view)
         assert torch.equal(keep.index, again.index)
+
+
+def test_offloaded_weights_lie_where_no_autocast_is():
+    meta = torch.device("meta")
+    assert autocast.lowered(meta) == []
+    with torch.autocast("cpu"):
+        assert autocast.lowered(meta) == ["cpu"]

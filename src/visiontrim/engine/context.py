@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from visiontrim.core.autocast import lowered
 from visiontrim.core.errors import TrimError
 from visiontrim.core.trace import Trace
 from visiontrim.core.view import Keep
@@ -115,12 +116,12 @@ class Context:
         Sums of what it merges have gradients where the model has. Gives a function that brings features into that
         precision, from a lower one under autocast, which is off here.
         """
-        lowered = [kind for kind in {"cpu", self._model.device.type} if torch.is_autocast_enabled(kind)]
+        kinds = lowered(self._model.device)
         with ExitStack() as stack:
             stack.enter_context(self._clock("method"))
-            for kind in lowered:
+            for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            yield self._as_weights if lowered else _as_it_is
+            yield self._as_weights if kinds else _as_it_is
 
     @contextmanager
     def hearing(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from visiontrim.core.autocast import lowered
 from visiontrim.core.errors import TrimError
 from visiontrim.core.signals import Text
 from visiontrim.models.checkpoints import loaded, whole
@@ -120,7 +121,7 @@ class TextTower(Guidance):
         weights = list(self.model.parameters())
         if any(weight.is_inference() for weight in weights):  # count no changes
             return None
-        half = torch.is_autocast_enabled(weights[0].device.type)
+        half = tuple(lowered(weights[0].device))
         return (half, *((weight.data_ptr(), weight._version) for weight in weights))
 
     @torch.inference_mode(False)  # what is remembered serves runs in any mode

@@ -153,6 +153,11 @@ def test_frames_and_places_agree(speaker, frames, places):
         speaker.processor(images=list(CLIPS[0].images)[:1] * frames, text="<image>" * places, return_tensors="pt")
 
 
+def test_a_path_is_no_frame(speaker):
+    with pytest.raises(TrimError, match="a frame is a str: give pictures"):
+        speaker.processor(images=["a.png"], text="<image>", return_tensors="pt")
+
+
 def test_frames_have_one_size(speaker):
     other = draw_clip(0, (12, 14)).images[0]
     with pytest.raises(TrimError, match="have 2 sizes"):

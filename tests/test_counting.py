@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import visiontrim as vt
+from releases import CACHE, cache_of
 from tiny import ROWS, llava, prompts
 from visiontrim.measure.counting import Counting
 
@@ -112,3 +114,20 @@ def test_counting_counts():
     assert count.stops == {"item": 1, "tolist": 1, "index.Tensor": 1}
     assert (count.copies, count.views, count.empty) == (1, 1, 1)
     assert count.kernels >= 5
+
+
+def test_another_attention_gets_its_masks_again():
+    """A step that needed no help with one implementation says nothing of another, whose masks fit one length alone."""
+    model, inputs = llava(), prompts(*ROWS["single"])
+    own = model.config._attn_implementation
+    with vt.trim(model, METHODS["visiontrim"]):
+        done = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+        cache, last = cache_of(done), done.sequences[:, -1:]
+        assert cache.layers[-1].still == own
+        expected = model(input_ids=last, **{CACHE: copy.deepcopy(cache)}).logits
+        model.set_attn_implementation("eager")
+        try:
+            found = model(input_ids=last, **{CACHE: cache}).logits
+        finally:
+            model.set_attn_implementation(own)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

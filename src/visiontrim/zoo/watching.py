@@ -76,9 +76,11 @@ def _flat(images: Any) -> Iterator[Image.Image]:
     """Pictures, alone or in lists of lists."""
     if isinstance(images, Image.Image):
         yield images
-    else:
-        for one in images or ():
+    elif isinstance(images, list | tuple):
+        for one in images:
             yield from _flat(one)
+    elif images is not None:
+        raise TrimError(f"a frame is a {type(images).__name__}: give pictures of PIL, or lists of them")
 
 
 def load_video(directory: Path | None = None) -> QwenBundle:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visiontrim.zoo.natural_questions import NATURAL_WORDS
 from visiontrim.zoo.questions import CHARACTERS, WORDS
-from visiontrim.zoo.scenes import COLORS, GRID, KINDS, Scene
+from visiontrim.zoo.scenes import COLORS, GRID, KINDS, Object, Scene
 
 WORD_ID = {word: number for number, word in enumerate(NATURAL_WORDS)}
 """Those of WORDS are the bundled model's; the few behind them the natural one's alone."""
@@ -61,16 +61,20 @@ class SceneFacts:
     @classmethod
     def of(cls, scenes: Sequence[Scene]) -> SceneFacts:
         owner = torch.stack([torch.from_numpy(scene.patch_owner) for scene in scenes]).long()
-        words = torch.full((len(scenes), 1 + max(len(scene.objects) for scene in scenes), 3), PAD)
-        words[:, 0, 0] = WORD_ID["background"]
         center = torch.zeros(owner.shape, dtype=torch.bool)
         for row, scene in enumerate(scenes):
-            for number, obj in enumerate(scene.objects, 1):
-                words[row, number] = torch.tensor(
-                    [WORD_ID[word] for word in (obj.color, obj.kind, obj.value or "<pad>")]
-                )
-                center[row, obj.patch] = True
-        return cls(owner, words, center)
+            center[row, [obj.patch for obj in scene.objects]] = True
+        return cls(owner, object_words([scene.objects for scene in scenes]), center)
+
+
+def object_words(scenes: Sequence[Sequence[Object]]) -> Int[Tensor, "scenes objects 3"]:
+    """Ids of the words for colour, kind and character of what is in each scene, the background first."""
+    words = torch.full((len(scenes), 1 + max(map(len, scenes)), 3), PAD)
+    words[:, 0, 0] = WORD_ID["background"]
+    for row, objects in enumerate(scenes):
+        for number, obj in enumerate(objects, 1):
+            words[row, number] = torch.tensor([WORD_ID[word] for word in (obj.color, obj.kind, obj.value or "<pad>")])
+    return words
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -29,7 +29,7 @@ from visiontrim.zoo.training.packing import IGNORED, Packed, pack, words_of
 from visiontrim.zoo.training.qwen.model import IMAGE_START, forward
 from visiontrim.zoo.training.qwen.tower import patches_of, vision_tokens
 from visiontrim.zoo.training.reading import Reduced, can_ask
-from visiontrim.zoo.training.symbolic import PAD, WORD_ID, SceneFacts, VisionTokens, symbolic_tokens
+from visiontrim.zoo.training.symbolic import SceneFacts, VisionTokens, object_words, symbolic_tokens
 from visiontrim.zoo.video import MOTION_TYPES
 
 GRIDS: tuple[Grid, ...] = ((12, 12), (12, 12), (10, 12), (12, 10), (10, 10))
@@ -111,24 +111,19 @@ def objects(facts: ClipFacts, generator: torch.Generator) -> Reduced:
     owner = facts.owner.flatten(1)
     score = torch.rand(owner.shape, generator=generator) + 1.5 * (owner > 0)
     count = int((owner > 0).sum(1).max()) + int(torch.randint(8, 64, (), generator=generator))
-    score -= (
-        torch.rand(owner.shape, generator=generator) < 0.2 * torch.rand(len(owner), 1, generator=generator)
-    ).float()
+    left_out = torch.rand(owner.shape, generator=generator)
+    score -= (left_out < 0.2 * torch.rand(len(owner), 1, generator=generator)).float()
     return _keeping(score.topk(min(count, owner.shape[1]), dim=1).indices.sort(dim=1).values, owner.shape[1])
 
 
 def scene_facts(clips: Sequence[Clip], facts: ClipFacts) -> SceneFacts:
     """What symbolic tokens are made of."""
     owner = facts.owner
-    words = torch.full((len(clips), 1 + max(len(clip.objects) for clip in clips), 3), PAD)
-    words[:, 0, 0] = WORD_ID["background"]
     center = torch.zeros(owner.shape, dtype=torch.bool)
     for row, clip in enumerate(clips):
-        for number, obj in enumerate(clip.objects, 1):
-            words[row, number] = torch.tensor([WORD_ID[word] for word in (obj.color, obj.kind, obj.value or "<pad>")])
         for frame, cells in enumerate(clip.middle):
             center[row, frame, torch.from_numpy(cells[cells >= 0])] = True
-    return SceneFacts(owner.flatten(1), words, center.flatten(1))
+    return SceneFacts(owner.flatten(1), object_words([clip.objects for clip in clips]), center.flatten(1))
 
 
 def changes(facts: ClipFacts, count: int, average: bool, generator: torch.Generator) -> Reduced:

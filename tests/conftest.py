@@ -1,6 +1,7 @@
 """Settings of all tests: shapes and dtypes in signatures are checked, and cores are left to other work."""
 
 import functools
+import gc
 import sys
 
 import pytest
@@ -18,6 +19,10 @@ from visiontrim.core.view import View  # noqa: E402  # after the hook, which che
 shapes.check_every(View)
 torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
 typer.main.get_command = functools.cache(typer.main.get_command)  # which reads the options of all commands every time
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a million objects of imported packages, through which every collection would look anew
 
 
 @pytest.fixture

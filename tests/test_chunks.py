@@ -11,7 +11,7 @@ import families
 import visiontrim as vt
 from families import Prompts
 from releases import CACHE, cache_of
-from tiny import ROWS, close, generate, llava, prompts
+from tiny import ANSWER, ROWS, close, generate, llava, prompts
 from visiontrim.engine.upstream import slices_features
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_chunks_hold_what_one_prefill_holds():
             close(torch.stack(ours.logits), torch.stack(whole.logits))
         assert str(run.report) == str(report)
         lengths = {layer.keys.shape[2] for layer in cache_of(ours).layers}
-    assert lengths == {1 + 3 + 3 + 5 + 5}
+    assert lengths == {1 + 3 + 3 + 5 + ANSWER - 1}
 
 
 FAMILIES = ("llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "mistral3")

@@ -18,7 +18,7 @@ import families
 import visiontrim as vt
 from families import Prompts, hidden_places
 from releases import CACHE, cache_of
-from tiny import both_attentions, close, generate
+from tiny import ANSWER, both_attentions, close, generate
 from visiontrim.core.method import Decoding
 from visiontrim.core.view import Glance
 from visiontrim.models import family_of
@@ -373,7 +373,7 @@ def test_an_answer_that_does_not_fit_is_refused(answer):
     method = Noted(keep=1.0, step=Noting(1, answer, []))
     with vt.trim(model, method), pytest.raises(vt.TrimError, match=r"for the attention to \(1, 16\) vision tokens"):
         generate(model, inputs)
-    assert len(generate(model, inputs).logits) == 6
+    assert len(generate(model, inputs).logits) == ANSWER
 
 
 @pytest.mark.parametrize(

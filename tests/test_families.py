@@ -16,7 +16,7 @@ from families import BIDIRECTIONAL, CONFIGS, HYBRID, LEAN, MISSING, OLD, Prompts
 from fed import fed
 from model_types import RUN_SHRUNK
 from releases import cache_of
-from tiny import Masked, close, generate
+from tiny import ANSWER, Masked, close, generate
 from visiontrim.commands.listing import show_models
 from visiontrim.models import family_of, list_families
 
@@ -108,7 +108,7 @@ def test_removal_equals_masking_and_the_cache_is_as_reported(name, kind, plan, a
     """Hybrids: it equals the model that is fed only what is left."""
     model, inputs = model_of(name, attention), prompts(name, kind).batch(*rows)
     ours, trace = trimmed(name, kind, plan, attention)[rows]
-    assert held_in(cache_of(ours)) == [width + 5 for width in expected_widths(model, inputs, trace)]
+    assert held_in(cache_of(ours)) == [width + ANSWER - 1 for width in expected_widths(model, inputs, trace)]
     check_against_the_oracle(model, prompts(name, kind), rows or (0, 1, 2), ours, trace)
     plain = first_logits(name, kind, attention, rows)
     assert (plain[:2] - ours.logits[0][:2]).abs().max() > 0.01  # something was removed
@@ -321,4 +321,4 @@ def test_videos_of_onevision_need_a_newer_transformers():
             with pytest.raises(vt.TrimError, match=r"came without its newline: transformers .* is too old"):
                 generate(model, inputs)
         else:
-            assert len(generate(model, inputs).logits) == 6
+            assert len(generate(model, inputs).logits) == ANSWER

@@ -10,7 +10,7 @@ from transformers import CompileConfig, StaticCache
 
 import visiontrim as vt
 from releases import CACHE, cache_of
-from tiny import IMAGE, LAYERS, PATCHES, PLANS, ROWS, close, generate, llava, prompts
+from tiny import ANSWER, IMAGE, LAYERS, PATCHES, PLANS, ROWS, close, generate, llava, prompts
 from visiontrim.engine.language import LanguageStage
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -43,7 +43,7 @@ def test_static_equals_dynamic_and_allocates_what_is_left(method, attention, inp
     assert torch.equal(static.sequences, dynamic.sequences)
     close(logits(static), logits(dynamic))
     gone = 0 if method == METHODS["none"] else inputs["input_ids"].shape[1] - max(left(inputs))
-    allocated = inputs["input_ids"].shape[1] - gone + 6 - 1  # the last answer token is not cached
+    allocated = inputs["input_ids"].shape[1] - gone + ANSWER - 1  # the last answer token is not cached
     assert [layer.keys.shape[2] for layer in cache_of(static).layers] == [allocated] * LAYERS
     assert run.trace.cache_lengths == (allocated,) * LAYERS
 

@@ -242,7 +242,8 @@ def zoo_cli(monkeypatch, capsys):
     return run
 
 
-def test_scores_become_a_card(zoo_cli, shipped, trained, tmp_path):
+def test_scores_become_a_card(zoo_cli, shipped, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("visiontrim.zoo.evaluate.BLIND_SCENES", 100)
     file = tmp_path / "scores.json"
     code, printed = zoo_cli("eval", "--split", "turns", "--scenes", 1, "--keep", 16, "--model", trained, "--out", file)
     assert code == 0

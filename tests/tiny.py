@@ -24,6 +24,8 @@ PAD, BOS, IMAGE, VOCABULARY = 0, 1, 4, 200
 SIDE = 4
 PATCHES = SIDE * SIDE
 LAYERS = 5
+ANSWER = 4
+"""Tokens: of the prefill, of a step that shows what steps need, and of two that rely on it."""
 
 PLANS = {
     "vision": vt.Random(keep=6),
@@ -140,7 +142,7 @@ def hidden_places(inputs: dict[str, Tensor], trace: Trace) -> dict[int, Tensor]:
 
 
 def generate(model, inputs, **options):
-    options = {"max_new_tokens": 6, "do_sample": False} | options
+    options = {"max_new_tokens": ANSWER, "do_sample": False} | options
     return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
 
 

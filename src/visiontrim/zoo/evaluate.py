@@ -217,7 +217,7 @@ def report(
     """
     samples = list(split.samples(scenes))
     layers = bundle.model.config.text_config.num_hidden_layers
-    blind = blind_answers(samples, split.world, frames=split.frames)
+    blind = blind_answers(samples, split.world, BLIND_SCENES, split.frames)
     return compare(bundle, samples, controls(keep, layers), blind, control_scenes, progress)
 
 

@@ -41,9 +41,10 @@ def keep_with_complement(
     """
     index = top_k(score, dominant)
     rest = leftovers(index, score.shape[1])
+    features = gather(view.content, rest)
     merged = complement(
-        gather(view.content, rest),
-        gather(guide.joint, rest),
+        features,
+        features if guide.joint is view.content else gather(guide.joint, rest),
         guide.text.tokens,
         guide.text.mask,
         added,

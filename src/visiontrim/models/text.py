@@ -117,8 +117,9 @@ class TextTower(Guidance):
         self._readings.clear()
 
     def _state(self) -> object:
-        """What changes with the weights, wherever they are; None where nothing tells."""
-        weights = list(self.model.parameters())
+        """What changes with the weights that read, wherever they are; None where nothing tells."""
+        model = self.model  # without the vision encoder that may stand beside
+        weights = [*model.text_model.parameters(), *model.text_projection.parameters(), model.logit_scale]
         if any(weight.is_inference() for weight in weights):  # count no changes
             return None
         half = tuple(lowered(weights[0].device))

@@ -85,8 +85,8 @@ def complement(
     values, places = features.float(), joint.float()
     others = (own < 0)[..., None]
     total, centres = gather(values, index), gather(places, index)
-    there, terms, assignment = centres, torch.ones_like(centres[..., :1]), own
-    for _ in range(iterations):
+    there, terms, nearest = centres, torch.ones_like(centres[..., :1]), own[..., None]
+    for remaining in reversed(range(iterations)):
         of_centres = unit(centres) @ words
         agreement = of_tokens @ (of_centres.softmax(1) if softmax else of_centres).mT
         best, nearest = agreement.max(-1, keepdim=True)
@@ -95,9 +95,12 @@ def complement(
         size = weights.sum(1)[..., None]
         grew = size > 0
         size = torch.where(grew, size, 1.0)
-        total, there = total + weights.mT @ values / size, there + weights.mT @ places / size
-        terms = terms + grew
-        centres = there / terms if merge == "mean" else there
-        assignment = torch.where(others, nearest, own[..., None])[..., 0]
+        total = total + weights.mT @ values / size
+        if merge == "mean":
+            terms = terms + grew
+        if remaining:
+            there = total if joint is features else there + weights.mT @ places / size
+            centres = there / terms if merge == "mean" else there
+    assignment = torch.where(others, nearest, own[..., None])[..., 0]
     merged = total / terms if merge == "mean" else total
     return Complement(merged.to(features.dtype), index, assignment)

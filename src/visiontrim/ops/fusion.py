@@ -42,8 +42,8 @@ def fuse(
     a, b = first.softmax(-1), second.softmax(-1)
     match rule:
         case "adaptive":
-            share, other = (_share(b, a), _share(a, b)) if weight == "lower" else (_share(a, b), _share(b, a))
-            return share * a + other * b
+            varies, other = _shares(a, b)
+            return other * a + varies * b if weight == "lower" else varies * a + other * b
         case "max":
             return torch.maximum(a, b)
         case "mean":
@@ -61,7 +61,11 @@ def _standardise(score: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch t
     return centred / torch.where(deviation > 0, deviation, 1.0)
 
 
-def _share(mine: Float[Tensor, "batch tokens"], other: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1"]:
-    """var(mine) / (var(mine) + var(other)), one half where both are constant."""
-    mine, other = (scores.var(-1, keepdim=True, correction=0) for scores in (mine, other))
-    return torch.where(mine + other > 0, mine / (mine + other), 0.5)
+def _shares(
+    a: Float[Tensor, "batch tokens"], b: Float[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
+    """var(a) / (var(a) + var(b)) and the rest, one half each where both are constant."""
+    variances = torch.stack([a, b]).var(-1, keepdim=True, correction=0)
+    total = variances.sum(0)
+    share, rest = torch.where(total > 0, variances / total, 0.5)
+    return share, rest

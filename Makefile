@@ -78,11 +78,11 @@ bench: $(VENV)/.runs $(SPEED)
 	$(BIN)/python benchmarks/speed.py $(SPEED)
 
 $(RESULTS)/bundled-cpu.json: | $(VENV)/.runs
-	$(BIN)/visiontrim bench --method visiontrim --method random --keep 64,144 --batch 1 --batch 8 --answer 16 --rounds 20 \
+	$(BIN)/visiontrim bench --method visiontrim --method random --keep 64 --batch 1 --batch 8 --answer 16 --rounds 40 \
 		--threads 1 --out $@
 
 $(RESULTS)/llava-7b-slice-cpu.json: | $(VENV)/.runs
-	$(BIN)/visiontrim bench llava-1.5-7b --layers 4 --method visiontrim --keep 64 --answer 4 --rounds 5 --out $@
+	$(BIN)/visiontrim bench llava-1.5-7b --layers 4 --method visiontrim --keep 64 --answer 4 --rounds 7 --out $@
 
 matrix: | $(BIN)/python
 	$(BIN)/python tests/matrix.py

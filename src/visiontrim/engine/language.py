@@ -36,7 +36,6 @@ from visiontrim.engine.hearing import Hearing
 from visiontrim.engine.masks import narrowed_mask, static_padding
 from visiontrim.engine.members import Members
 from visiontrim.engine.pack import gather, is_empty_slot, unpack
-from visiontrim.engine.passing import PassingHooks
 from visiontrim.engine.removals import expected_lengths, mark_plain, mark_still, note_removals
 from visiontrim.engine.replaced import Replaced
 from visiontrim.engine.rows import claim_row_ends
@@ -118,11 +117,10 @@ class LanguageStage:
         if self._decoding is not None:
             hooked = hooked | {self._decoding.layer}
         first = 0 if flash else min(hooked, default=len(self._model.layers))
-        layers = enumerate(self._model.layers)
-        self._layers = PassingHooks([(layer, self._layer_hook(n)) for n, layer in layers if n >= first])
-        if not self._quiet:  # every pass needs them
-            self._layers.enter()
-        return [*removers, self._layers, *self._hearing.attach()]
+        for index in range(first, len(self._model.layers)):
+            hook = self._layer_hook(index)
+            removers.append(self._model.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
+        return removers + self._hearing.attach()
 
     @property
     def _flash(self) -> bool:
@@ -168,7 +166,6 @@ class LanguageStage:
             return None
         self._check_once(cache)
         forward = self._context.forward = self._forward(call, cache, kwargs)
-        self._layers.enter()
         if self._decoding is not None:
             self._decoding.enter(forward)
         first = trimmed_layer(cache, self._upstream.holding(0))
@@ -316,9 +313,9 @@ class LanguageStage:
         return add(hidden, left, features[gather(number, origin)[left]])
 
     def _layer_hook(self, layer: int):
-        def hook(module, args, kwargs=None):
+        def hook(module, args, kwargs):
             forward: Forward | None = self._context.forward
-            if forward is None or kwargs is None:
+            if forward is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             if layer in self._steps:
@@ -360,8 +357,6 @@ class LanguageStage:
             return None
         prefill: Forward | None = self._context.forward
         self._context.forward = None
-        if prefill is not None and not torch.is_grad_enabled():  # or the backward pass may want them
-            self._layers.leave()
         if not isinstance(prefill, Prefill):
             if self._quiet and prefill is not None and output is not None:
                 mark_still(prefill, self._upstream.kinds, attention_of(self._model.config))

@@ -78,7 +78,7 @@ bench: $(VENV)/.runs $(SPEED)
 	$(BIN)/python benchmarks/speed.py $(SPEED)
 
 $(RESULTS)/bundled-cpu.json: | $(VENV)/.runs
-	$(BIN)/visiontrim bench --method visiontrim --method random --keep 64 --batch 1 --batch 8 --answer 16 --rounds 40 \
+	$(BIN)/visiontrim bench --method visiontrim --method random --keep 64 --batch 1 --batch 8 --answer 16 --rounds 20 \
 		--threads 1 --out $@
 
 $(RESULTS)/llava-7b-slice-cpu.json: | $(VENV)/.runs

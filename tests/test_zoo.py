@@ -318,7 +318,7 @@ def test_conversations_repeat_the_right_answers():
 
 def test_model_answers(bundle):
     """All scores, with intervals, are in docs/results/llava."""
-    samples = list(itertools.islice(SPLITS["standard"].samples(), 48))
+    samples = list(itertools.islice(SPLITS["standard"].samples(), 96))
     answers = answer(bundle.model, bundle.processor, samples)
     right = [given == sample.answer for given, sample in zip(answers, samples, strict=True)]
     assert np.mean(right) >= 0.94

@@ -8,7 +8,7 @@ cost.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,17 @@ def words_of(question: Question) -> tuple[list[str], list[str]]:
     """What the decoder reads of a question, and the words that it must say; it never reads the last of them, </s>."""
     said = [*question.answer.split(), "</s>"]
     return [*question.text.split(), "ASSISTANT:", *said[:-1]], said
+
+
+def fitting(questions: Iterable[Question], length: int) -> list[list[Question]]:
+    """Single questions, up to the first that does not fit into what is left of ``length`` words with its answer."""
+    asked: list[list[Question]] = []
+    for question in questions:
+        length -= len(words_of(question)[0])
+        if length < 0:
+            break
+        asked.append([question])
+    return asked
 
 
 def draw_questions(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from visiontrim.zoo.scenes import GRID, Object
 from visiontrim.zoo.training.decoder import DecoderShape, answered, forward, new_decoder
 from visiontrim.zoo.training.joint_space import joint_space
 from visiontrim.zoo.training.loop import Result, Run, Stage
-from visiontrim.zoo.training.packing import IGNORED, pack, words_of
+from visiontrim.zoo.training.packing import IGNORED, fitting, pack
 from visiontrim.zoo.training.scaffold import Noun, nouns_of
 from visiontrim.zoo.training.seeing import NATURAL, PATCHES, Facts, Towers, natural_scene, token_loss
 from visiontrim.zoo.training.symbolic import VisionTokens, word_embeddings
@@ -200,17 +200,15 @@ def draw_natural_questions(
     """Single questions of all types, as many as fit into ``length`` words with their answers."""
     shares = SHARES | {"count": SHARES["count"] * count_share}
     planned = ["string", "point", "hop", "side"]
-    asked: list[list[Question]] = []
-    for _ in range(80):
-        type = planned.pop() if planned else rng.choices(list(shares), list(shares.values()))[0]
-        question = ask_natural(rng, objects, type)
-        if question is None or not can_ask(question, objects, gone):
-            continue
-        length -= len(words_of(question)[0])
-        if length < 0:
-            break
-        asked.append([question])
-    return asked
+
+    def drawn() -> Iterator[Question]:
+        for _ in range(80):
+            type = planned.pop() if planned else rng.choices(list(shares), list(shares.values()))[0]
+            question = ask_natural(rng, objects, type)
+            if question is not None and can_ask(question, objects, gone):
+                yield question
+
+    return fitting(drawn(), length)
 
 
 def bundled_decoder(shape: DecoderShape) -> LlamaForCausalLM:

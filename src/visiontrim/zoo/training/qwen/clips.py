@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from visiontrim.zoo.dynamic import load_qwen
 from visiontrim.zoo.questions import WORDS, Question
 from visiontrim.zoo.training.decoder import answered
 from visiontrim.zoo.training.loop import Result, Run, Stage
-from visiontrim.zoo.training.packing import IGNORED, Packed, pack, words_of
+from visiontrim.zoo.training.packing import IGNORED, Packed, fitting, pack
 from visiontrim.zoo.training.qwen.model import IMAGE_START, forward
 from visiontrim.zoo.training.qwen.tower import patches_of, vision_tokens
 from visiontrim.zoo.training.reading import Reduced, can_ask
@@ -280,19 +280,16 @@ class ClipRun(Run):
         """What moved and what appeared, where it can be told, and questions of the other types."""
         seen = there(clip, goes_to)
         gone = [not row.any() for row in seen]
-        asked: list[list[Question]] = []
-        length = self.settings.text_tokens
         planned = [type for type in MOTION_TYPES if can_tell(clip, seen, type)]
-        for _ in range(20):
-            type = planned.pop() if planned else rng.choices(list(SHARES), list(SHARES.values()))[0]
-            question = ask_clip(rng, clip, type)
-            if question is None or (type not in MOTION_TYPES and not can_ask(question, clip.objects, gone)):
-                continue
-            length -= len(words_of(question)[0])
-            if length < 0:
-                break
-            asked.append([question])
-        return asked
+
+        def drawn() -> Iterator[Question]:
+            for _ in range(20):
+                type = planned.pop() if planned else rng.choices(list(SHARES), list(SHARES.values()))[0]
+                question = ask_clip(rng, clip, type)
+                if question is not None and (type in MOTION_TYPES or can_ask(question, clip.objects, gone)):
+                    yield question
+
+        return fitting(drawn(), self.settings.text_tokens)
 
     def probe(self, states: Float[Tensor, "clips tokens hidden"], facts: ClipFacts, reduced: Reduced) -> Tensor:
         """How badly tokens of objects know whether these have moved or appeared since the first frame."""
